@@ -1,0 +1,30 @@
+# `make test` and `make compare` make what they need; PYTHON chooses the interpreter (3.10 to 3.13).
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: venv test lint unit compare clean
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+test: lint unit
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: venv
+	$(BIN)/python -m pytest -n 2
+
+compare: venv
+	$(BIN)/python -m benchmarks compare digits-split digits-permuted --methods naive,ewc,replay,gpm,joint --seeds 0,1,2
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,31 @@
+"""Gradient-projection, curvature and low-rank continual-learning methods for Avalanche."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from avalanche_gradproj.errors import (
+    ConfigurationError,
+    DataError,
+    GradProjError,
+    ModelError,
+    NonFiniteError,
+    StateError,
+)
+from avalanche_gradproj.plugins import GPMPlugin, InMemoryDataPlugin
+from avalanche_gradproj.strategies import GPM
+
+try:
+    __version__ = version("avalanche-gradproj")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "GPM",
+    "ConfigurationError",
+    "DataError",
+    "GPMPlugin",
+    "GradProjError",
+    "InMemoryDataPlugin",
+    "ModelError",
+    "NonFiniteError",
+    "StateError",
+]

@@ -1,0 +1,44 @@
+"""Running statistics of normalisation layers: held while a context lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+def tracked_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that keep running statistics (BatchNorm, InstanceNorm that tracks), by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.running_mean is not None
+    }
+
+
+def untracked_norms(model: nn.Module) -> list[str]:
+    """Return the names of batch-normalising layers without running statistics: nothing of theirs can be held."""
+    return [
+        name for name, module in model.named_modules() if isinstance(module, _NormBase) and module.running_mean is None
+    ]
+
+
+@contextmanager
+def held_statistics(model: nn.Module) -> Iterator[None]:
+    """Normalise with the running statistics, and leave them as they are, also in training.
+
+    The layers are put into evaluation mode and given back their mode at the end, also after an exception.
+
+    Args:
+        model: a model in training mode; layers already in evaluation mode stay in it.
+    """
+    held = [module for module in tracked_norms(model).values() if module.training]
+    try:
+        for module in held:
+            module.eval()
+        yield
+    finally:
+        for module in held:
+            module.train()

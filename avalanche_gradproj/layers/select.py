@@ -1,0 +1,174 @@
+"""Which parameters a method covers, and what happens to every other one: no silent gap."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from avalanche_gradproj.errors import ConfigurationError, ModelError
+from avalanche_gradproj.layers.rules import units_of
+from avalanche_gradproj.layers.unit import Unit
+
+UNCOVERED = ("freeze", "train", "raise")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a method does with each parameter of one model.
+
+    Attributes:
+        units: the covered matrices, in the model's order.
+        frozen: names of parameters that are to stay as the first experience left them.
+        alone: parameter name -> why it is left alone.
+        parameters: every parameter of the model by name.
+    """
+
+    units: list[Unit]
+    frozen: list[str] = field(default_factory=list)
+    alone: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+def cover(
+    model: nn.Module,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    heads: Iterable[str] = (),
+    uncovered: str = "freeze",
+) -> Coverage:
+    """Decide the treatment of every parameter of a model.
+
+    A pattern (shell style, `*` and `?`) matches a layer by its name or by the name of a module that holds it:
+    `"features"` and `"features.*"` both match `features.0`. Attention layers hold `q_proj`, `k_proj`, `v_proj` and
+    `out_proj`.
+
+    Args:
+        model: the model.
+        include: only these layers are covered, heads among them if a pattern says so; default all but heads.
+        exclude: these layers and parameters are left alone.
+        heads: names of modules that are task heads: left alone unless `include` matches them.
+        uncovered: what is no matrix layer (norm scale and shift, embeddings, plain parameters): `"freeze"`,
+            `"train"` (left alone) or `"raise"`.
+
+    Raises:
+        ConfigurationError: for a pattern that matches nothing.
+        ModelError: for lazy, tied or reparametrised weights, transposed convolutions, no covered layer, or an
+            uncovered parameter where `uncovered="raise"`.
+    """
+    _refuse_lazy(model)
+    parameters = dict(model.named_parameters())
+    _check_patterns(model, parameters, include, "include")
+    _check_patterns(model, parameters, exclude, "exclude")
+    units: list[Unit] = []
+    alone: dict[str, str] = {}
+    attention = ""
+    for name, module in model.named_modules():
+        if _matches(name, exclude) or (attention and name == f"{attention}.out_proj"):
+            continue
+        in_head = next((head for head in heads if name == head or name.startswith(head + ".")), None)
+        if in_head is not None and not (include and _matches(name, include)):
+            alone.update({f"{name}.{own}".lstrip("."): "task head" for own in module._parameters})
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            attention = name
+        for unit in units_of(name, module):
+            if _matches(unit.name, exclude):
+                continue
+            if include is None or _matches(unit.name, include):
+                units.append(unit)
+            else:
+                alone.update({part.name: "not in include" for part in unit.slices})
+    _refuse_tied(model, units)
+    if not units:
+        raise ModelError(
+            "no layer is covered: the model has no Linear, Conv1d/2d/3d or MultiheadAttention layer outside its "
+            "heads and `exclude`; give `include` patterns, or use another method"
+        )
+    return _treat(units, parameters, alone, exclude, uncovered)
+
+
+def _treat(
+    units: list[Unit],
+    parameters: dict[str, nn.Parameter],
+    alone: dict[str, str],
+    exclude: Sequence[str] | None,
+    uncovered: str,
+) -> Coverage:
+    """Sort every parameter into covered, frozen and left alone."""
+    covered = {part.name for unit in units for part in unit.slices}
+    coverage = Coverage(units, parameters=parameters)
+    for name, parameter in parameters.items():
+        if name in covered:
+            continue
+        if not parameter.requires_grad:
+            coverage.alone[name] = "takes no gradient"
+        elif name in alone:
+            coverage.alone[name] = alone[name]
+        elif _matches(name, exclude):
+            coverage.alone[name] = "excluded"
+        elif uncovered == "raise":
+            raise ModelError(
+                f"parameter {name!r} belongs to no matrix layer and uncovered='raise': exclude it, or use "
+                "uncovered='freeze' or 'train'"
+            )
+        elif uncovered == "train":
+            coverage.alone[name] = "uncovered='train'"
+        else:
+            coverage.frozen.append(name)
+    return coverage
+
+
+def _matches(name: str, patterns: Sequence[str] | None) -> bool:
+    """Whether a name, or that of a module that holds it, matches one of the patterns."""
+    if not patterns:
+        return False
+    pieces = name.split(".")
+    ancestors = [".".join(pieces[: n + 1]) for n in range(len(pieces))]
+    return any(fnmatchcase(ancestor, pattern) for pattern in patterns for ancestor in ancestors)
+
+
+def _check_patterns(
+    model: nn.Module, parameters: dict[str, nn.Parameter], patterns: Sequence[str] | None, argument: str
+) -> None:
+    if isinstance(patterns, str):
+        raise ConfigurationError(f"{argument}={patterns!r} is one string: give a list of patterns, [{patterns!r}]")
+    names = [name for name, _ in model.named_modules() if name] + list(parameters)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            names += [f"{name}.{part}_proj" for part in ("q", "k", "v")]
+    for pattern in patterns or ():
+        if not any(_matches(name, [pattern]) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+            raise ConfigurationError(
+                f"{argument}: the pattern {pattern!r} matches no layer and no parameter; the model has, among "
+                f"others, {', '.join(map(repr, near))}"
+            )
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ModelError(f"parameter {name!r} is lazy, its shape is unknown: run one batch through the model first")
+
+
+def _refuse_tied(model: nn.Module, units: list[Unit]) -> None:
+    """Refuse a covered weight that a second module uses too: its inputs there would go unseen."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for module_name, module in model.named_modules():  # a module reached by two names comes once: no tie
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[id(parameter)].append(f"{module_name}.{name}".lstrip("."))
+    for unit in units:
+        for part in unit.slices:
+            names = owners[id(part.parameter)]
+            if len(names) > 1:
+                raise ModelError(
+                    f"layer {unit.name!r}: its parameter is tied, it is {' and '.join(map(repr, names))}; untie it "
+                    f"(give one module a copy) or exclude both (exclude={[n.rpartition('.')[0] for n in names]!r})"
+                )

@@ -1,0 +1,1 @@
+"""The algorithms, usable in a plain PyTorch loop: nothing here knows Avalanche."""

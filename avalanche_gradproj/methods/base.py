@@ -1,0 +1,144 @@
+"""What a method is: three kinds, and a state that survives a restart."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from avalanche_gradproj.errors import StateError
+from avalanche_gradproj.methods.report import Report
+
+#: Runs a model on a batch of whatever `consolidate` was given.
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class Method(ABC):
+    """A continual-learning method with a versioned state.
+
+    A subclass sets `name` and `state_version`, and implements `_state` (tensors, numbers and names only) and
+    `_load_state`, which checks everything before it changes anything.
+    """
+
+    name: ClassVar[str]
+    state_version: ClassVar[int] = 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state between two experiences: tensors, numbers and names in a plain dict."""
+        return {"method": self.name, "version": self.state_version, **self._state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state; the object is unchanged if it is refused.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            StateError: naming what differs: the method, the version, a layer, a shape.
+        """
+        if not isinstance(state, dict) or "method" not in state or "version" not in state:
+            raise StateError(
+                f"this is no state of a method: expected a dict with 'method' and 'version', got {state!r:.80}"
+            )
+        if state["method"] != self.name:
+            raise StateError(f"the state is of method {state['method']!r}, this is {self.name!r}: load it into its own")
+        if state["version"] != self.state_version:
+            raise StateError(
+                f"the state of {self.name} has version {state['version']!r}, this package reads {self.state_version}: "
+                "load it with the package that wrote it"
+            )
+        self._load_state(state)
+
+    @abstractmethod
+    def _state(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _load_state(self, state: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    def start(self, model: nn.Module, optimizer: Optimizer | None = None, *, heads: Sequence[str] = ()) -> None:
+        """Begin an experience, with the model and optimizer as they are to be trained.
+
+        Args:
+            model: the model; all its parameters for this experience exist.
+            optimizer: what will take the steps.
+            heads: names of modules that are task heads.
+        """
+
+    @abstractmethod
+    def active(self) -> AbstractContextManager[None]:
+        """Return the context in which training steps are taken: hooks and patches live in it alone."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """End the training of an experience: after it no reference to the model is held."""
+
+    @abstractmethod
+    def consolidate(self, model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
+        """Learn from the finished experience what later ones must respect.
+
+        Args:
+            model: the trained model.
+            batches: inputs of the experience, in mini-batches.
+            forward: runs the model on a batch; default `model(batch)`.
+        """
+
+    def required_samples(self) -> int | None:
+        """Return how many samples an experience must have at least, None for any number."""
+        return None
+
+    def draw(self, size: int) -> Tensor:
+        """Return the indices of the samples that `consolidate` is to see, of an experience of `size`."""
+        return torch.arange(size)
+
+    @abstractmethod
+    def report(self) -> Report:
+        """Return what is done with every parameter."""
+
+    @contextmanager
+    def experience(
+        self, model: nn.Module, optimizer: Optimizer | None = None, *, heads: Sequence[str] = ()
+    ) -> Iterator[None]:
+        """`start`, `active` and `finish` as one context, for plain PyTorch loops."""
+        self.start(model, optimizer, heads=heads)
+        with self.active():
+            yield
+        self.finish()
+
+
+class GradientTransform(Method):
+    """A method that changes gradients, or the steps made of them: GPM, OGD, LOGD."""
+
+    @abstractmethod
+    def transform(self, *, trusted: bool = True) -> None:
+        """Change the gradients: call it after the backward pass, before the optimizer's step.
+
+        Args:
+            trusted: whether the gradients are what the backward pass left; False where somebody may have changed
+                them since.
+        """
+
+    @abstractmethod
+    def after_step(self) -> None:
+        """Change the step that was taken: call it after the optimizer's step."""
+
+
+class Penalty(Method):
+    """A method that adds a term to the loss: K-FAC Laplace, XK-FAC."""
+
+    @abstractmethod
+    def penalty(self) -> Tensor:
+        """Return the differentiable scalar to be added to the loss of a mini-batch."""
+
+
+class TaskWeights(Method):
+    """A method that gives each experience parameters of its own: HALRP."""
+
+    @abstractmethod
+    def select(self, experience: int) -> None:
+        """Make the model compute with the parameters of an experience, counted from 0."""

@@ -1,0 +1,159 @@
+"""When a method acts: Avalanche's callbacks around one core. All mathematics is in `methods`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from avalanche.benchmarks.scenarios.online import OnlineCLExperience
+from avalanche.core import BaseSGDPlugin, SupervisedPlugin
+from avalanche.models import IncrementalClassifier, MultiHeadClassifier, avalanche_forward
+from torch import nn
+
+from avalanche_gradproj.errors import ConfigurationError, DataError
+from avalanche_gradproj.methods.base import GradientTransform
+from avalanche_gradproj.methods.report import Report
+
+#: Avalanche's task heads: they belong to one task, or grow with the classes.
+HEADS = (MultiHeadClassifier, IncrementalClassifier)
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """Return the names of a model's task heads."""
+    return [name for name, module in model.named_modules() if name and isinstance(module, HEADS)]
+
+
+class GradientTransformPlugin(SupervisedPlugin):
+    """Runs a `GradientTransform` inside any Avalanche strategy.
+
+    It starts the method before each experience, transforms gradients in `after_backward` and steps in
+    `after_update`, and consolidates in `after_training_exp`. In an online stream, whose experiences are pieces of
+    larger ones, it consolidates after the last piece of each, on the whole of it.
+
+    The method's hooks live only while `training_epoch` runs: Avalanche has no callback for an exception, so the
+    plugin wraps that call, once an epoch, in the method's context.
+
+    Args:
+        method: the core.
+        record_batch_size: samples in a mini-batch of the pass over the data after an experience.
+
+    Raises:
+        ConfigurationError: if `record_batch_size` is no positive integer.
+    """
+
+    def __init__(self, method: GradientTransform, *, record_batch_size: int = 128) -> None:
+        super().__init__()
+        if isinstance(record_batch_size, bool) or not isinstance(record_batch_size, int) or record_batch_size < 1:
+            raise ConfigurationError(f"record_batch_size={record_batch_size!r}: give a positive integer")
+        self.method = method
+        self.record_batch_size = record_batch_size
+        self._trusted = True
+
+    def report(self) -> Report:
+        """Return what is done with every parameter; prints as a table.
+
+        Raises:
+            StateError: before the first experience began.
+        """
+        return self.method.report()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the method's state: tensors, numbers and names."""
+        return self.method.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state; unchanged if it is refused (`StateError`)."""
+        self.method.load_state_dict(state)
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Start the method on the adapted model and the refreshed optimizer."""
+        needed = self.method.required_samples()
+        size = len(_whole(strategy.experience).dataset)
+        if needed is not None and size < needed:
+            raise DataError(
+                f"experience {strategy.experience.current_experience} has {size} samples and n_samples={needed} are "
+                f"to be drawn from it: give n_samples<={size}, or None for all of the data"
+            )
+        self.method.start(strategy.model, strategy.optimizer, heads=task_heads(strategy.model))
+        self._trusted = not _changes_gradients_before(self, strategy.plugins)
+
+    def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Arrange for the coming epoch to run inside the method's context."""
+        run_inside(strategy, self.method.active)
+
+    def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Transform the gradients."""
+        self.method.transform(trusted=self._trusted)
+
+    def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Transform the step."""
+        self.method.after_step()
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Finish, and learn from the experience what later ones must respect."""
+        restore_epoch(strategy)
+        self.method.finish()
+        experience = strategy.experience
+        if isinstance(experience, OnlineCLExperience) and not experience.is_last_subexp:
+            return
+        labelled = hasattr(experience, "task_labels")
+
+        def forward(model: nn.Module, batch: Any) -> Any:
+            return avalanche_forward(model, batch[0], batch[-1]) if labelled else model(batch[0])
+
+        dataset = _whole(experience).dataset.eval()
+        self.method.consolidate(strategy.model, self._batches(dataset, strategy.device), forward=forward)
+
+    def _batches(self, dataset: Any, device: torch.device) -> Iterator[list[Any]]:
+        """Yield the samples that the method draws, collated, on the device."""
+        chosen = self.method.draw(len(dataset)).tolist()
+        for begin in range(0, len(chosen), self.record_batch_size):
+            batch = dataset.collate_fn([dataset[i] for i in chosen[begin : begin + self.record_batch_size]])
+            yield [part.to(device) if isinstance(part, torch.Tensor) else part for part in batch]
+
+
+def _whole(experience: Any) -> Any:
+    """Return the experience that an online piece was cut from, or the experience itself."""
+    return experience.origin_experience if isinstance(experience, OnlineCLExperience) else experience
+
+
+def _changes_gradients_before(plugin: Any, plugins: list[Any]) -> bool:
+    """Whether a plugin that comes earlier acts after the backward pass too."""
+    for other in plugins:
+        if other is plugin:
+            return False
+        act = getattr(type(other), "after_backward", BaseSGDPlugin.after_backward)
+        if act is not BaseSGDPlugin.after_backward:
+            return True
+    return False
+
+
+def run_inside(strategy: Any, context: Callable[[], Any]) -> None:
+    """Run the strategy's next `training_epoch` inside a context, exception or not.
+
+    The replaced attribute lasts until that call begins; several plugins' contexts nest.
+
+    Args:
+        strategy: any Avalanche strategy with a method `training_epoch`.
+        context: makes the context manager.
+    """
+    held = strategy.__dict__.get("training_epoch")
+    epoch = strategy.training_epoch
+
+    def run(**kwargs: Any) -> Any:
+        if held is None:
+            restore_epoch(strategy)
+        else:
+            strategy.training_epoch = held
+        with context():
+            return epoch(**kwargs)
+
+    run.wraps_epoch = True  # type: ignore[attr-defined]
+    strategy.training_epoch = run
+
+
+def restore_epoch(strategy: Any) -> None:
+    """Take back what `run_inside` left where the epoch never ran (early stopping)."""
+    if getattr(strategy.__dict__.get("training_epoch"), "wraps_epoch", False):
+        del strategy.__dict__["training_epoch"]

@@ -1,0 +1,42 @@
+"""The methods under contract: a new method is one more case here."""
+
+from __future__ import annotations
+
+import torch
+
+from avalanche_gradproj import GPMPlugin
+from avalanche_gradproj.testing import MethodCase
+
+_BAD_GPM = [
+    (lambda: GPMPlugin(threshold=1.5), "threshold=1.5"),
+    (lambda: GPMPlugin(threshold=-0.1), "threshold=-0.1"),
+    (lambda: GPMPlugin(threshold=float("nan")), "threshold=nan"),
+    (lambda: GPMPlugin(threshold=[0.9, 2]), "threshold=[0.9, 2]"),
+    (lambda: GPMPlugin(threshold=[]), "threshold=[]"),
+    (lambda: GPMPlugin(threshold="0.9"), "threshold='0.9'"),
+    (lambda: GPMPlugin(threshold=True), "threshold=True"),
+    (lambda: GPMPlugin(threshold_step=-1), "threshold_step=-1"),
+    (lambda: GPMPlugin(n_samples=0), "n_samples=0"),
+    (lambda: GPMPlugin(n_samples=[10, 2.5]), "n_samples=[10, 2.5]"),
+    (lambda: GPMPlugin(rank_rule="big"), "rank_rule='big'"),
+    (lambda: GPMPlugin(apply_to="weights"), "apply_to='weights'"),
+    (lambda: GPMPlugin(uncovered="ignore"), "uncovered='ignore'"),
+    (lambda: GPMPlugin(batchnorm="thaw"), "batchnorm='thaw'"),
+    (lambda: GPMPlugin(route="fast"), "route='fast'"),
+    (lambda: GPMPlugin(seed=1.5), "seed=1.5"),
+    (lambda: GPMPlugin(record_batch_size=0), "record_batch_size=0"),
+]
+
+
+def _gpm(**kwargs):
+    settings = {"threshold": 0.9, "n_samples": 40, **kwargs}
+    return lambda: GPMPlugin(**settings)
+
+
+CASES = [
+    MethodCase("gpm", _gpm(), neutral=_gpm(threshold=0, threshold_step=0), bad_arguments=_BAD_GPM),
+    MethodCase("gpm-heads", _gpm(), neutral=_gpm(threshold=0, threshold_step=0), task_incremental=True),
+    MethodCase("gpm-adam", _gpm(), optimizer=lambda p: torch.optim.Adam(p, lr=0.01)),
+    MethodCase("gpm-inputs", _gpm(route="inputs"), neutral=_gpm(threshold=0, threshold_step=0, route="inputs")),
+    MethodCase("gpm-track", _gpm(batchnorm="track", uncovered="train", rank_rule="official", n_samples=None)),
+]
