@@ -8,11 +8,10 @@ watched, and a call belongs to the projections whose weights it was given, where
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from avalanche_gradproj.layers.linear import trainable
 from avalanche_gradproj.layers.unit import OnCall, ParameterSlice, Unit, with_constant
@@ -69,31 +68,33 @@ def _projection(name: str, module: nn.Module, weight: ParameterSlice, bias: Para
     )
 
 
-class WatchProjections(TorchFunctionMode):
-    """While active, report every linear map that uses a unit's weight.
+@contextmanager
+def watched_projections(units: list[Unit], on_call: OnCall) -> Iterator[None]:
+    """Report every linear map that uses a unit's weight while the context lasts.
+
+    `torch.nn.functional.linear` is replaced for that time, which is that of one layer's forward. A `TorchFunctionMode`
+    would not do: the attention function hands itself over to the mode whole, and is then run outside of it.
 
     Args:
         units: the units of one attention layer.
         on_call: called as `on_call(unit, input, output, columns)`; `columns` are the unit's own in the last axis of
             the output, which packed projections share.
     """
+    linear = F.linear
 
-    def __init__(self, units: list[Unit], on_call: OnCall) -> None:
-        super().__init__()
-        self._units = units
-        self._on_call = on_call
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the function; look at it where it is `torch.nn.functional.linear`."""
-        output = func(*args, **(kwargs or {}))
-        if func is F.linear and len(args) >= 2:
-            for unit in self._units:
-                columns = _columns(unit, args[1])
-                if columns is not None:
-                    self._on_call(unit, args[0], output, columns)
+    def watched(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # torch's own names
+        output = linear(input, weight, bias)
+        for unit in units:
+            columns = _columns(unit, weight)
+            if columns is not None:
+                on_call(unit, input, output, columns)
         return output
+
+    F.linear = watched
+    try:
+        yield
+    finally:
+        F.linear = linear
 
 
 def _columns(unit: Unit, weight: Tensor) -> slice | None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from avalanche_gradproj.layers.attention import WatchProjections
+from avalanche_gradproj.layers.attention import watched_projections
 from avalanche_gradproj.layers.unit import OnCall, Unit
 
 #: A sink of layer inputs: `sink(unit, input)`.
@@ -63,7 +63,7 @@ def _watch_attention(module: nn.MultiheadAttention, units: list[Unit], on_call: 
     forward = module.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        with WatchProjections(units, on_call):
+        with watched_projections(units, on_call):
             return forward(*args, **kwargs)
 
     module.forward = watched  # type: ignore[method-assign]

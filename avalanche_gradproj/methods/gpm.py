@@ -240,6 +240,7 @@ class GradientProjectionMemory(GradientTransform):
             for value in self._per_unit(self.threshold, units)
         ]
         grown = dict(self._memory)
+        rule = self.rank_rule if self.experiences == 0 else "paper"
         for unit, threshold in zip(units, thresholds, strict=True):
             rows = statistics[unit.name]
             if rows.count == 0 and unit.weight.parameter.grad is not None:
@@ -248,7 +249,7 @@ class GradientProjectionMemory(GradientTransform):
                     "training mode alone, or its weight is used outside of it): what it learned is not protected",
                     stacklevel=2,
                 )
-            grown[unit.name] = grow_basis(rows, self._memory[unit.name], threshold, rank_rule=self.rank_rule)
+            grown[unit.name] = grow_basis(rows, self._memory[unit.name], threshold, rank_rule=rule)
         self._memory.replace(grown)
         self._protecting = self._protecting or any(threshold > 0 for threshold in thresholds)
         self.experiences += 1

@@ -28,8 +28,9 @@ class GradientTransformPlugin(SupervisedPlugin):
     """Runs a `GradientTransform` inside any Avalanche strategy.
 
     It starts the method before each experience, transforms gradients in `after_backward` and steps in
-    `after_update`, and consolidates in `after_training_exp`. In an online stream, whose experiences are pieces of
-    larger ones, it consolidates after the last piece of each, on the whole of it.
+    `after_update`, and consolidates in `after_training_exp`. In an online stream with `access_task_boundaries=True`,
+    whose experiences are pieces of larger ones, it consolidates after the last piece of each, on the whole of it;
+    without boundaries every piece is an experience of its own.
 
     The method's hooks live only while `training_epoch` runs: Avalanche has no callback for an exception, so the
     plugin wraps that call, once an epoch, in the method's context.
@@ -49,6 +50,7 @@ class GradientTransformPlugin(SupervisedPlugin):
         self.method = method
         self.record_batch_size = record_batch_size
         self._trusted = True
+        self._pieces = 0
 
     def report(self) -> Report:
         """Return what is done with every parameter; prints as a table.
@@ -95,8 +97,11 @@ class GradientTransformPlugin(SupervisedPlugin):
         restore_epoch(strategy)
         self.method.finish()
         experience = strategy.experience
-        if isinstance(experience, OnlineCLExperience) and not experience.is_last_subexp:
-            return
+        if _is_piece(experience):
+            # The stream's own mark of the last piece is missing where the pieces divide the experience evenly.
+            self._pieces = 1 if experience.is_first_subexp else self._pieces + 1
+            if not (experience.is_last_subexp or self._pieces == experience.sub_stream_length):
+                return
         labelled = hasattr(experience, "task_labels")
 
         def forward(model: nn.Module, batch: Any) -> Any:
@@ -113,9 +118,14 @@ class GradientTransformPlugin(SupervisedPlugin):
             yield [part.to(device) if isinstance(part, torch.Tensor) else part for part in batch]
 
 
+def _is_piece(experience: Any) -> bool:
+    """Whether an experience is a piece of a larger one whose boundaries may be known."""
+    return isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries
+
+
 def _whole(experience: Any) -> Any:
     """Return the experience that an online piece was cut from, or the experience itself."""
-    return experience.origin_experience if isinstance(experience, OnlineCLExperience) else experience
+    return experience.origin_experience if _is_piece(experience) else experience
 
 
 def _changes_gradients_before(plugin: Any, plugins: list[Any]) -> bool:

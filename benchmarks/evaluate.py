@@ -1,0 +1,143 @@
+"""Accuracies of a network on every test experience, and the figures made of them.
+
+Counts are exact, and nothing here touches the global random state: the order of the test images comes from a
+generator of its own and is the same at every evaluation. It matters only to networks that normalise with the
+statistics of the test batch, for which sorted images would make batches of one class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from avalanche.models.utils import avalanche_forward
+from torch import Tensor, nn
+
+from benchmarks.streams import LazyImages, Stream
+
+_ORDER_SEED = 20240229
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode without gradients, and every module back into the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def batches(dataset: LazyImages, batch_size: int, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go once through a dataset in a fixed shuffled order.
+
+    Args:
+        dataset: the samples.
+        batch_size: samples of a batch; the last one may be smaller.
+        device: where the batches go.
+
+    Yields:
+        Images and labels.
+    """
+    generator = torch.Generator().manual_seed(_ORDER_SEED)
+    order = torch.randperm(len(dataset), generator=generator)
+    images, labels = dataset.as_tensors(order)
+    images, labels = images.to(device), labels.to(device)
+    for start in range(0, len(images), batch_size):
+        yield images[start : start + batch_size], labels[start : start + batch_size]
+
+
+def logits(model: nn.Module, images: Tensor, task: int) -> Tensor:
+    """Apply a network to a batch of one task, [batch, units]."""
+    return avalanche_forward(model, images, torch.full((len(images),), task, device=images.device))
+
+
+def accuracies(model: nn.Module, stream: Stream, batch_size: int, device: torch.device | str) -> list[float]:
+    """Test on every experience.
+
+    Args:
+        model: the network.
+        stream: its test experiences; with several heads, experience i uses head i.
+        batch_size: samples of a batch.
+        device: where the network is.
+
+    Returns:
+        Percent correct for each test experience.
+    """
+    result = []
+    with evaluating(model):
+        for position, dataset in enumerate(stream.test):
+            task = position if stream.n_heads else 0
+            correct = torch.zeros((), dtype=torch.int64, device=device)
+            for images, labels in batches(dataset, batch_size, device):
+                correct += (logits(model, images, task).argmax(1) == labels).sum()
+            result.append(100.0 * int(correct) / len(dataset))
+    return result
+
+
+def mean_loss(model: nn.Module, dataset: LazyImages, task: int, batch_size: int, device: torch.device | str) -> float:
+    """Compute the mean cross-entropy of a network in evaluation mode.
+
+    Args:
+        model: the network.
+        dataset: the samples.
+        task: their task label.
+        batch_size: samples of a batch.
+        device: where the network is.
+
+    Returns:
+        The mean over samples (not over batches); NaN or infinite where the network is.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with evaluating(model):
+        for images, labels in batches(dataset, batch_size, device):
+            losses = nn.functional.cross_entropy(logits(model, images, task), labels, reduction="none")
+            total += losses.sum(dtype=torch.float64)
+    return float(total) / len(dataset)
+
+
+def average_accuracy(matrix: Sequence[Sequence[float]]) -> float:
+    """ACC: mean of the last row.
+
+    Args:
+        matrix: row = after this experience, column = test experience, percent.
+
+    Returns:
+        The mean accuracy at the end, percent.
+    """
+    return sum(matrix[-1]) / len(matrix[-1])
+
+
+def backward_transfer(matrix: Sequence[Sequence[float]]) -> float | None:
+    """BWT: `1 / (T-1) * sum over i < T of (A[T, i] - A[i, i])`.
+
+    Args:
+        matrix: T rows and T columns, percent.
+
+    Returns:
+        The mean change since each experience was learned; None where there is nothing before the last one or
+        the rows are not one for each experience (joint training).
+    """
+    last = len(matrix) - 1
+    if last < 1 or len(matrix[-1]) != len(matrix):
+        return None
+    return sum(matrix[last][i] - matrix[i][i] for i in range(last)) / last
+
+
+def forgetting(matrix: Sequence[Sequence[float]]) -> float | None:
+    """Mean over i < T of the best accuracy on i in any earlier row minus the final one.
+
+    Args:
+        matrix: T rows and T columns, percent.
+
+    Returns:
+        The mean loss from the best; None where BWT is None.
+    """
+    last = len(matrix) - 1
+    if last < 1 or len(matrix[-1]) != len(matrix):
+        return None
+    return sum(max(row[i] for row in matrix[:last]) - matrix[last][i] for i in range(last)) / last

@@ -1,0 +1,149 @@
+"""Jobs: what the user asked for, resolved and checked before anything is trained or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import sources
+from benchmarks.methods import find_method
+from benchmarks.protocols import resolve
+from benchmarks.record import Protocol
+from benchmarks.settings import InputError, values
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run needs to know.
+
+    Attributes:
+        protocol: the protocol, with the user's changes.
+        method: the method's name.
+        settings: the method's hyper-parameters, with the user's changes.
+        seed: for weights, batches, permutations and validation samples.
+        device: where to train.
+        changes: what the user changed, key to text.
+    """
+
+    protocol: Protocol
+    method: str
+    settings: Any
+    seed: int
+    device: torch.device
+    changes: Mapping[str, str]
+
+    @property
+    def file_name(self) -> Path:
+        """Where the result goes below the output folder; changed settings make a name of their own."""
+        tag = change_tag(self.protocol, self.method, self.changes)
+        return Path(self.protocol.name) / f"{self.method}-seed{self.seed}{tag}.json"
+
+    @property
+    def hyper_parameters(self) -> dict[str, Any]:
+        """All figures that fix the run, ready for JSON."""
+        protocol = self.protocol
+        fixed = {
+            "model": protocol.model,
+            "optimizer": "SGD without momentum or weight decay",
+            "split": protocol.split,
+            "normalisation": dataclasses.asdict(protocol.normalisation),
+            "valid_share": protocol.valid_share,
+            "valid_rule": protocol.valid_rule if protocol.valid_share else None,
+        }
+        return {**fixed, **values(protocol), **values(self.settings)}
+
+
+def change_tag(protocol: Protocol, method: str, changes: Mapping[str, str]) -> str:
+    """Name what was changed: nothing for nothing, else a short hash of the values that differ.
+
+    Args:
+        protocol: the protocol as changed.
+        method: the method's name.
+        changes: key to text, as given.
+
+    Returns:
+        The tag, with a leading dash where there is one; equal values written differently give equal tags.
+    """
+    changed_protocol, changed_settings, _ = resolve(protocol.name, method, changes)
+    before_protocol, before_settings, _ = resolve(protocol.name, method, {})
+    now = {**values(changed_protocol), **values(changed_settings)}
+    before = {**values(before_protocol), **values(before_settings)}
+    differing = {key: value for key, value in sorted(now.items()) if value != before[key]}
+    if not differing:
+        return ""
+    return "-" + hashlib.sha256(json.dumps(differing).encode()).hexdigest()[:8]
+
+
+def combined_tag(tags: Iterable[str]) -> str:
+    """Name the changes of several methods at once, for what belongs to all of them.
+
+    Args:
+        tags: what `change_tag` gave for each method.
+
+    Returns:
+        Nothing where nothing was changed, else a tag with a leading dash.
+    """
+    different = sorted({tag for tag in tags if tag})
+    if len(different) < 2:
+        return "".join(different)
+    return "-" + hashlib.sha256("".join(different).encode()).hexdigest()[:8]
+
+
+def make_job(
+    protocol_name: str, method_name: str, seed: int, device: torch.device, assignments: Mapping[str, str]
+) -> Job:
+    """Resolve names and changed settings, and try whether the method accepts them.
+
+    Args:
+        protocol_name: the protocol.
+        method_name: the method.
+        seed: the run's seed.
+        device: where to train.
+        assignments: what came with `--set`; keys of other methods are ignored.
+
+    Returns:
+        The job.
+
+    Raises:
+        InputError: if something is unknown or refused.
+    """
+    if seed < 0:
+        raise InputError(f"seed {seed} is negative: expected 0 or more")
+    protocol, settings, used = resolve(protocol_name, method_name, assignments)
+    method = find_method(method_name)
+    try:
+        method.plugins(settings, seed)
+    except ValueError as error:
+        raise InputError(f"{method_name} refuses its settings: {' '.join(str(error).split())}") from error
+    return Job(protocol, method_name, settings, seed, device, used)
+
+
+def load_data(protocol: Protocol, path: Path | None) -> sources.ImageData:
+    """Read the images of a protocol, from the user's file where there is one.
+
+    Args:
+        protocol: the protocol.
+        path: an `.npz` file, or None.
+
+    Returns:
+        The data.
+
+    Raises:
+        InputError: if there is no data, or not what the protocol needs.
+    """
+    if protocol.source == "digits":
+        if path is not None:
+            raise InputError(f"{protocol.name} brings its own images and takes no --data (got {str(path)!r})")
+        return sources.read_digits()
+    if path is not None:
+        return sources.read_npz(path, protocol.expected)
+    if protocol.source == "npz":
+        raise InputError(f"{protocol.name} needs your images: give them with --data FILE.npz")
+    return sources.download(protocol.source)

@@ -1,0 +1,102 @@
+"""What a protocol is: a record of everything that fixes a benchmark, but for method and seed.
+
+Plain values only: to list protocols and to refuse wrong names, neither torch nor Avalanche is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from benchmarks.settings import setting
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a protocol's network and stream need of the data; None means that anything will do.
+
+    Attributes:
+        height_width: image size.
+        channels: 1 (grey, `[n, h, w]`) or 3 (`[n, h, w, 3]`).
+        n_classes: number of classes.
+        coarse: whether the superclass of each class is needed.
+    """
+
+    height_width: tuple[int, int] | None = None
+    channels: int | None = None
+    n_classes: int | None = None
+    coarse: bool = False
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Pixels to floats: `(pixel / scale - mean) / std`, one mean and std a channel.
+
+    Attributes:
+        scale: largest pixel value.
+        mean: a value for each channel, or one for all.
+        std: a value for each channel, or one for all.
+    """
+
+    scale: float = 255.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that fixes a benchmark, but for method and seed.
+
+    A field that is None does not apply to the protocol and cannot be set.
+
+    Attributes:
+        name: what the command line calls it.
+        summary: one line for people.
+        source: where the images come from: `digits` (embedded), `mnist`, `cifar100` (a file or a download) or
+            `npz` (the user's file).
+        expected: what the images must look like.
+        split: experiences by classes in label order, by superclasses, or by permutations of the pixels.
+        model: the network.
+        normalisation: pixels to floats.
+        n_experiences: how many experiences, the first ones of the protocol's order.
+        classes_per_experience: classes of each; 0 divides all classes evenly.
+        hidden: units of the perceptron's hidden layers.
+        epochs: epochs of an experience, at most.
+        lr: learning rate of SGD without momentum or weight decay, the initial one where there is a schedule.
+        train_batch: samples of a training batch.
+        test_batch: samples of a test or validation batch.
+        train_limit: at most so many training samples an experience, for quick trials; 0 takes all.
+        valid_share: share of the training samples held back for validation.
+        valid_rule: which ones: the first, or random ones.
+        patience: epochs without a better validation loss before the learning rate falls.
+        lr_factor: what it is divided by.
+        lr_min: below it the experience ends.
+        methods: hyper-parameters of each method.
+        sources: where each figure is from.
+        notes: what a reader of the results has to know.
+    """
+
+    name: str
+    summary: str
+    source: Literal["digits", "mnist", "cifar100", "npz"]
+    expected: Expected
+    split: Literal["classes", "superclasses", "permutations"]
+    model: str
+    normalisation: Normalisation
+    n_experiences: int = setting(5, minimum=1)
+    classes_per_experience: int | None = setting(None, minimum=0)
+    hidden: int | None = setting(None, minimum=1)
+    epochs: int = setting(1, minimum=1)
+    lr: float = setting(0.01, above=0)
+    train_batch: int = setting(10, minimum=1)
+    test_batch: int = setting(64, minimum=1)
+    train_limit: int = setting(0, minimum=0)
+    valid_share: float | None = None
+    valid_rule: Literal["first", "random"] = "random"
+    patience: int | None = setting(None, minimum=1)
+    lr_factor: float | None = setting(None, above=1)
+    lr_min: float | None = setting(None, above=0)
+    methods: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

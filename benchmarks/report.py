@@ -1,0 +1,153 @@
+"""Tables: one row a method, mean and sample standard deviation over the seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from benchmarks.record import Protocol
+
+if TYPE_CHECKING:
+    from benchmarks.compare import Request
+
+_COLUMNS = (
+    ("ACC %", "acc", 2),
+    ("BWT %", "bwt", 2),
+    ("training s", "train_seconds", 2),
+    ("memory MB", "peak_memory_mb", 0),
+)
+_MEMORY = {
+    "resident_during_run": "peak resident memory of the process during the run",
+    "resident_since_start": "peak resident memory of the process since it began",
+    "cuda_allocated": "peak memory allocated on the device",
+    "unavailable": "not available on this system",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean and spread of one figure.
+
+    Attributes:
+        mean: mean over the runs that have the figure; None if none has.
+        deviation: sample standard deviation; None for fewer than two runs.
+        digits: decimal places to show.
+    """
+
+    mean: float | None
+    deviation: float | None
+    digits: int
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return "-"
+        text = f"{self.mean:.{self.digits}f}"
+        return text if self.deviation is None else f"{text} ± {self.deviation:.{self.digits}f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in a table.
+
+    Attributes:
+        method: its name.
+        seeds: how many runs it rests on.
+        cells: one for each column.
+        memory: what the memory column means; empty without runs.
+    """
+
+    method: str
+    seeds: int
+    cells: tuple[Cell, ...]
+    memory: str = ""
+
+
+def rows(results: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[Row]:
+    """Summarise the runs of one protocol.
+
+    Args:
+        results: finished runs.
+        methods: the order of the rows; methods without a finished run get a row of dashes.
+
+    Returns:
+        One row a method.
+    """
+    table = []
+    for method in methods:
+        chosen = [result for result in results if result["method"] == method]
+        cells = tuple(_cell([result[key] for result in chosen], digits) for _, key, digits in _COLUMNS)
+        memory = _MEMORY[chosen[0]["peak_memory_kind"]] if chosen else ""
+        table.append(Row(method, len(chosen), cells, memory))
+    return table
+
+
+def _cell(numbers: Sequence[float | None], digits: int) -> Cell:
+    """Mean and sample standard deviation of those that are numbers."""
+    known = [number for number in numbers if number is not None]
+    if not known:
+        return Cell(None, None, digits)
+    deviation = statistics.stdev(known) if len(known) > 1 else None
+    return Cell(statistics.fmean(known), deviation, digits)
+
+
+def one_line(result: Mapping[str, Any]) -> str:
+    """Describe one run.
+
+    Args:
+        result: a finished run.
+
+    Returns:
+        Accuracy, backward transfer and time.
+    """
+    transfer = "" if result["bwt"] is None else f", BWT {result['bwt']:+.2f}"
+    return f"ACC {result['acc']:.2f}{transfer}, training {result['train_seconds']:.1f} s"
+
+
+def rich_table(name: str, table: Sequence[Row]) -> Table:
+    """Make a table for the terminal.
+
+    Args:
+        name: the protocol.
+        table: its rows.
+
+    Returns:
+        The table.
+    """
+    result = Table(title=name)
+    result.add_column("method")
+    result.add_column("seeds", justify="right")
+    for header, _, _ in _COLUMNS:
+        result.add_column(header, justify="right", no_wrap=True)
+    for row in table:
+        result.add_row(row.method, str(row.seeds), *(str(cell) for cell in row.cells))
+    return result
+
+
+def markdown(protocol: Protocol, table: Sequence[Row], request: Request, failures: Sequence[str]) -> str:
+    """Make a table for a file, with the command that made it and what a reader has to know.
+
+    Args:
+        protocol: the protocol.
+        table: its rows.
+        request: what was asked for.
+        failures: what went wrong, one text a run.
+
+    Returns:
+        The text.
+    """
+    headers = ["method", "seeds", *(header for header, _, _ in _COLUMNS)]
+    lines = [f"# {protocol.name}", "", protocol.summary, "", f"    {request.command}", ""]
+    lines.append("| " + " | ".join(headers) + " |")
+    lines.append("|---" + "|---:" * (len(headers) - 1) + "|")
+    for row in table:
+        lines.append(f"| {row.method} | {row.seeds} | " + " | ".join(str(cell) for cell in row.cells) + " |")
+    seeds = ", ".join(str(seed) for seed in request.seeds)
+    lines += ["", f"Mean ± sample standard deviation over seeds {seeds}, on {request.device}."]
+    lines += [f"Memory: {text}." for text in dict.fromkeys(row.memory for row in table if row.memory)]
+    lines += [f"Note: {note}." for note in protocol.notes]
+    lines += [f"Failed: {failure}" for failure in failures]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,91 @@
+"""Networks: parameter counts worked out by hand, heads, and what a head sees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from avalanche.models import MultiHeadClassifier
+from torch import nn
+
+from benchmarks.models import BiasFreeHeads, build_model
+from benchmarks.streams import Stream
+
+
+def stream_of(shape, n_outputs, n_heads):
+    return Stream(None, (), (), (), shape, n_outputs, n_heads)
+
+
+MLP = 784 * 100 + 100 * 100 + 100 * 10
+ALEXNET = (
+    64 * 3 * 16 + 128 * 64 * 9 + 256 * 128 * 4  # convolutions: kernels 4, 3, 2
+    + 2048 * 1024 + 2048 * 2048  # 256 channels of 2 x 2 pixels come in
+    + 2 * (64 + 128 + 256 + 2048 + 2048)  # BatchNorm: scale and shift
+    + 10 * 10 * 2048
+)  # fmt: skip
+LENET = 20 * 3 * 25 + 50 * 20 * 25 + 800 * 50 * 64 + 500 * 800 + 20 * 5 * 500
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "outputs", "heads", "count"),
+    [
+        ("mlp", (1, 28, 28), 10, 0, MLP),
+        ("alexnet", (3, 32, 32), 10, 10, ALEXNET),
+        ("lenet", (3, 32, 32), 5, 20, LENET),
+        ("mlp", (1, 8, 8), 2, 5, 64 * 100 + 100 * 100 + 5 * 2 * 100),
+    ],
+)
+def test_parameter_counts(name, shape, outputs, heads, count):
+    assert (MLP, ALEXNET, LENET) == (89_400, 6_713_216, 3_036_500)
+    model = build_model(name, stream_of(shape, outputs, heads), 100)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert not [key for key, _ in model.named_parameters() if "bias" in key and name != "alexnet"]
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            assert module.bias is None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.affine
+            assert not module.track_running_stats
+    x = torch.randn(4, *shape)
+    logits = model(x, torch.tensor([0, 1, 1, 0])) if heads else model(x)
+    assert logits.shape == (4, outputs)
+
+
+def test_each_sample_gets_its_own_tasks_head():
+    model = build_model("mlp", stream_of((1, 4, 4), 3, 3), 6).eval()
+    x = torch.randn(5, 1, 4, 4)
+    tasks = torch.tensor([2, 0, 0, 1, 2])
+    features = model.trunk(x)
+    wanted = torch.stack(
+        [model.heads.classifiers[str(int(t))].classifier.weight @ f for t, f in zip(tasks, features, strict=True)]
+    )
+    torch.testing.assert_close(model(x, tasks), wanted)
+    torch.testing.assert_close(model(x, 1), features @ model.heads.classifiers["1"].classifier.weight.T)
+
+
+def test_heads_are_avalanches_and_refuse_what_they_cannot_hold():
+    heads = BiasFreeHeads(6, 2, 3)
+    assert isinstance(heads, MultiHeadClassifier)
+    assert list(heads.classifiers) == ["0", "1", "2"]
+
+    class Experience:
+        task_labels = (1,)
+        classes_in_this_experience = frozenset({0, 1})
+
+    heads.adaptation(Experience)
+    assert all(head.classifier.bias is None for head in heads.classifiers.values())
+    Experience.classes_in_this_experience = frozenset({0, 2})
+    with pytest.raises(ValueError, match="3 heads of 2 units"):
+        heads.adaptation(Experience)
+    Experience.classes_in_this_experience, Experience.task_labels = frozenset({0}), (3,)
+    with pytest.raises(ValueError, match="tasks \\[3\\]"):
+        heads.adaptation(Experience)
+
+
+def test_lenet_weights_are_kaiming_uniform():
+    torch.manual_seed(0)
+    model = build_model("lenet", stream_of((3, 32, 32), 5, 2), None)
+    weight = model.trunk[9].weight  # 3200 -> 800
+    bound = (6 / 3200) ** 0.5
+    assert weight.abs().max() <= bound
+    assert weight.abs().max() > 0.999 * bound
+    assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.01)

@@ -1,0 +1,117 @@
+"""Whole runs: deterministic, complete, equal to a plain loop, and the best weights before the method."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import resources
+from benchmarks.jobs import make_job
+from benchmarks.models import build_model
+from benchmarks.run import build_stream, run, write_json, write_text
+from benchmarks.settings import InputError, apply
+from benchmarks.sources import read_digits
+
+CPU = torch.device("cpu")
+TIMES = ("train_seconds", "wall_seconds", "peak_memory_mb")
+METHODS = ("naive", "ewc", "replay", "joint", "gpm")
+
+
+def once(protocol, method, seed=0, report=None, **changes):
+    changes = {"epochs": "1", "train_limit": "100", "n_experiences": "3", "n_samples": "50"} | changes
+    job = make_job(protocol, method, seed, CPU, changes)
+    return run(job, read_digits(), *([report] if report else []))
+
+
+@pytest.mark.parametrize("protocol", ["digits-split", "digits-permuted"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_command_gives_the_same_result(protocol, method):
+    first, second, other = (once(protocol, method, seed) for seed in (0, 0, 1))
+    for key in TIMES:
+        assert first.pop(key) > 0
+        second.pop(key)
+    assert json.dumps(first) == json.dumps(second)
+    assert first["accuracy_matrix"] != other["accuracy_matrix"]
+    assert np.shape(first["accuracy_matrix"]) == ((1, 3) if method == "joint" else (3, 3))
+    assert (first["bwt"] is None) == (method == "joint")
+    assert first["acc"] == pytest.approx(np.mean(first["accuracy_matrix"][-1]))
+    if method == "gpm":
+        assert first["method_report"]
+
+
+def test_a_naive_run_equals_a_plain_loop():
+    result = once("digits-permuted", "naive", seed=3, train_batch="1000", epochs="4")
+    changes = {"train_limit": "100", "n_experiences": "3"}
+    protocol = apply(make_job("digits-permuted", "naive", 3, CPU, {}).protocol, changes)
+    stream = build_stream(protocol, read_digits(), 3)
+    torch.manual_seed(3)
+    model = build_model("mlp", stream, 100)
+    for i in range(3):
+        x, y = stream.train[i].as_tensors()
+        for _ in range(4):
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(0.1 * parameter.grad)
+        for j in range(3):
+            x, y = stream.test[j].as_tensors()
+            accuracy = 100 * (model(x).argmax(1) == y).double().mean().item()
+            # Sums of gradients in another order may tip a sample.
+            assert result["accuracy_matrix"][i][j] == pytest.approx(accuracy, abs=0.6)
+
+
+def test_forgetting_is_there_to_be_prevented():
+    result = once("digits-permuted", "naive", epochs="4", train_limit="0", n_experiences="5")
+    assert result["bwt"] < -20
+    assert min(result["accuracy_matrix"][i][i] for i in range(5)) > 80
+
+
+def test_progress_is_told_in_order():
+    calls = []
+    once("digits-split", "naive", report=lambda *position: calls.append(position), epochs="2")
+    assert calls[0] == (0, 3, 0, 2)
+    assert calls[-1] == (2, 3, 2, 2)
+    assert all(before < after for before, after in pairwise(calls))
+
+
+def test_a_run_leaves_the_deterministic_setting_as_it_was():
+    assert not torch.are_deterministic_algorithms_enabled()
+    once("digits-split", "naive")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "result.json"
+    write_json(path, {"acc": 1.5})
+    assert json.loads(path.read_text()) == {"acc": 1.5}
+    with pytest.raises(TypeError):
+        write_json(path, {"acc": object()})
+    with pytest.raises(TypeError):
+        write_text(path, None)
+    assert json.loads(path.read_text()) == {"acc": 1.5}
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+
+
+def test_peak_memory_sees_what_was_freed_again():
+    memory = resources.PeakMemory(CPU)
+    memory.start()
+    before, kind = memory.stop()
+    memory.start()
+    block = torch.ones(64 * 2**20 // 4)
+    del block
+    after, _ = memory.stop()
+    if kind != "resident_during_run":
+        pytest.skip("the high-water mark cannot be reset here")
+    assert 50 < after - before < 90
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "mps"])
+def test_devices_that_are_not_there_are_refused(device):
+    with pytest.raises(InputError, match=device):
+        resources.check_device(device)
