@@ -119,9 +119,11 @@ def _mlp(stream: Stream, hidden: int) -> nn.Module:
     return trunk.append(nn.Linear(hidden, stream.n_outputs, bias=False))
 
 
-def _alexnet(stream: Stream, hidden: int) -> nn.Module:
-    """Three convolutions and two wide layers, each with BatchNorm (batch statistics), ReLU and dropout."""
-    del hidden
+def alexnet_trunk() -> nn.Sequential:
+    """Three convolutions and two wide layers, each with BatchNorm (batch statistics), ReLU and dropout.
+
+    Maps images [n, 3, 32, 32] to features [n, 2048].
+    """
     layers: list[nn.Module] = []
     for inputs, outputs, kernel, dropout in _ALEXNET_CHANNELS:
         layers += [
@@ -139,7 +141,13 @@ def _alexnet(stream: Stream, hidden: int) -> nn.Module:
             nn.ReLU(),
             nn.Dropout(0.5),
         ]
-    return _image_network(nn.Sequential(*layers), _ALEXNET_UNITS[-1], stream)
+    return nn.Sequential(*layers)
+
+
+def _alexnet(stream: Stream, hidden: int) -> nn.Module:
+    """The AlexNet of the GPM family."""
+    del hidden
+    return _image_network(alexnet_trunk(), _ALEXNET_UNITS[-1], stream)
 
 
 def _lenet(stream: Stream, hidden: int) -> nn.Module:

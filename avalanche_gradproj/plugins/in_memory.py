@@ -18,7 +18,6 @@ from avalanche.benchmarks.utils.data_loader import (
     SingleDatasetDataLoader,
     TaskBalancedDataLoader,
 )
-from avalanche.benchmarks.utils.ffcv_support.ffcv_components import has_ffcv_support
 from avalanche.benchmarks.utils.flat_data import ConstantSequence, FlatData
 from avalanche.core import SupervisedPlugin
 from avalanche.distributed.distributed_helper import DistributedHelper
@@ -255,7 +254,7 @@ def _order_of(loader: Any, dataset: Any) -> tuple[str | None, Tensor | None]:
     if isinstance(loader, DataLoader):
         same = loader.dataset is dataset and loader.batch_sampler is not None
         return None if same else _OTHER_DATA, None
-    if has_ffcv_support(loader.datasets):
+    if _prepared_for_ffcv(dataset):
         return "FFCV loads the data", None
     if type(loader) is SingleDatasetDataLoader:
         return None if loader.datasets[0] is dataset else _OTHER_DATA, None
@@ -271,6 +270,14 @@ def _order_of(loader: Any, dataset: Any) -> tuple[str | None, Tensor | None]:
     except LayoutError:
         return "the dataset's layout is unknown, so that its tasks cannot be told apart", None
     return (None, None if len(positions) == 1 else order) if same else (_OTHER_DATA, None)
+
+
+def _prepared_for_ffcv(dataset: Any) -> bool:
+    """Tell whether Avalanche's `enable_ffcv` marked the data; its own test flattens all indices each time."""
+    nodes = [getattr(dataset, "_flat_data", dataset)]
+    for node in nodes:
+        nodes += node._datasets if isinstance(node, FlatData) else []
+    return any(hasattr(node, "ffcv_info") for node in nodes)
 
 
 def _origins(dataset: Any, numbers: dict[tuple[int, ...], int]) -> Tensor:
