@@ -135,10 +135,13 @@ def alexnet_step(device: torch.device) -> list[Timing]:
 
 
 def explicit_patches(x: np.ndarray, kernel: int) -> np.ndarray:
-    """Collect the patches of images [n, channels, height, width] one by one, as columns [features, n * positions]."""
+    """Collect the patches of images [n, channels, height, width] one by one, as columns [features, n * positions].
+
+    In float64, which is what the official code's matrix of patches is.
+    """
     n, channels, height, width = x.shape
     rows, columns = height - kernel + 1, width - kernel + 1
-    matrix = np.zeros((channels * kernel * kernel, n * rows * columns), dtype=x.dtype)
+    matrix = np.zeros((channels * kernel * kernel, n * rows * columns))
     at = 0
     for image in x:
         for i in range(rows):

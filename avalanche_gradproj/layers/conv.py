@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from avalanche_gradproj.layers.linear import trainable
 from avalanche_gradproj.layers.unit import ParameterSlice, Unit, with_constant
 
-#: Rows of a convolution are formed for so many images at a time that at most this many numbers exist at once (64 MB
+#: Rows of a convolution are formed for so many images at a time that at most this many numbers exist at once (16 MB
 #: in float32): on large images the rows of one mini-batch alone would fill the memory.
-CHUNK_NUMBERS = 2**24
+CHUNK_NUMBERS = 2**22
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -76,15 +76,16 @@ def conv_units(name: str, module: nn.Module) -> list[Unit]:
         for part in x.split(max(1, CHUNK_NUMBERS // numbers)):
             every = patches(padded(part, module), module)
             positions = every.shape[2 : 2 + space]
-            every = every.reshape(part.shape[0], groups, -1, *every.shape[2:])
+            every = every.reshape(part.shape[0], groups, x.shape[1] // groups, *every.shape[2:])
             # [n, groups, channels, *positions, *kernel] -> [groups, n, *positions, channels, *kernel]
             order = (1, 0, *range(3, 3 + space), 2, *range(3 + space, 3 + 2 * space))
             count = part.shape[0] * math.prod(positions)
             yield with_constant(every.permute(order).reshape(groups, count, taps), bias)
 
     def output_rows(y: Tensor) -> Tensor:
-        y = y.reshape(-1, groups, module.out_channels // groups, math.prod(y.shape[-space:]))
-        return y.permute(1, 0, 3, 2).reshape(groups, -1, module.out_channels // groups)
+        y = y.reshape(-1, *y.shape[-space - 1 :])
+        y = y.reshape(y.shape[0], groups, module.out_channels // groups, math.prod(y.shape[2:]))
+        return y.permute(1, 0, 3, 2).reshape(groups, y.shape[0] * y.shape[3], module.out_channels // groups)
 
     return [
         Unit(

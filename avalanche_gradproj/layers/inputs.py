@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from avalanche_gradproj.layers.unit import Unit
 from avalanche_gradproj.linalg.projection import OPERATION_COST, Projector
@@ -43,8 +45,9 @@ class ProjectedInputs:
         self.forced = forced
         #: Set to a function of (rows, gradients at the output) to look at what each backward pass removes.
         self.monitor: Callable[[Tensor, Tensor], None] | None = None
-        self._formed: dict[int, tuple[int, int]] = {}
-        self._arrived: dict[int, tuple[int, int]] = {}
+        self._handle_id = -1
+        self._formed: dict[int, _Identity] = {}
+        self._arrived: dict[int, _Identity] = {}
 
     def cheaper(self, rows: int) -> bool:
         """Whether this route costs less than projecting the finished gradient, for so many rows in the batch."""
@@ -61,12 +64,13 @@ class ProjectedInputs:
     def is_projected(self) -> bool:
         """Whether the gradients now held by the parameters are exactly those formed here; forgets them.
 
-        Decided by the identity of the memory and its version count, on the host, without looking at values.
+        Decided by the identity of the memory and its version count, on the host, without looking at values. A change
+        through `.data` moves no version count: who changes gradients so must say that they cannot be trusted.
         """
         arrived, self._arrived, self._formed = self._arrived, {}, {}
         for part in self.unit.slices:
             gradient = part.parameter.grad
-            if gradient is None or arrived.get(id(part.parameter)) != _identity(gradient):
+            if gradient is None or not _identity(gradient).same(arrived.get(id(part.parameter))):
                 return False
         return True
 
@@ -74,10 +78,13 @@ class ProjectedInputs:
     def active(self) -> Iterator[None]:
         """Take over the layer's backward pass while the context lasts."""
         with ExitStack() as stack:
-            stack.callback(self.unit.module.register_forward_hook(self._forward_hook).remove)
+            handle = self.unit.module.register_forward_hook(self._forward_hook)
+            self._handle_id = handle.id
+            stack.callback(handle.remove)
             for part in self.unit.slices:
                 stack.callback(part.parameter.register_hook(self._arrival(part.parameter)).remove)
             stack.callback(self._arrived.clear)
+            stack.callback(self._formed.clear)
             yield
 
     def _forward_hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -86,6 +93,9 @@ class ProjectedInputs:
         if not (torch.is_grad_enabled() and output.requires_grad) or len(args) != 1:
             return None
         if torch.is_autocast_enabled(output.device.type) or output.dtype in (torch.float16, torch.bfloat16):
+            return None
+        # An earlier hook may have changed the output, whose way back to the layer this one would cut off.
+        if next(iter(module._forward_hooks)) != self._handle_id or _global_forward_hooks:
             return None
         x = args[0]
         if not self.cheaper(x.numel() // max(1, x.shape[-1])):
@@ -99,8 +109,9 @@ class ProjectedInputs:
 
         def hook(gradient: Tensor) -> None:
             # The sum of all that reached the weight in this backward pass: ours alone keeps its memory and version.
-            if self._formed.get(key) == _identity(gradient):
-                self._arrived[key] = _identity(gradient)
+            found = _identity(gradient)
+            if found.same(self._formed.get(key)):
+                self._arrived[key] = found
             else:
                 self._arrived.pop(key, None)
 
@@ -141,8 +152,20 @@ class ProjectedInputs:
         self._formed[id(parameter)] = _identity(gradient)
 
 
-def _identity(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor._version
+@dataclass(frozen=True)
+class _Identity:
+    """Which tensor it is and how often it was changed; the storage is held, so that its address is not given again."""
+
+    storage: torch.UntypedStorage
+    address: int
+    version: int
+
+    def same(self, other: _Identity | None) -> bool:
+        return other is not None and (self.address, self.version) == (other.address, other.version)
+
+
+def _identity(tensor: Tensor) -> _Identity:
+    return _Identity(tensor.untyped_storage(), tensor.data_ptr(), tensor._version)
 
 
 class _LinearFromProjectedInputs(torch.autograd.Function):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils import parametrize
+from torch.nn.parameter import UninitializedParameter
 
 from avalanche_gradproj.errors import ModelError
 from avalanche_gradproj.layers.attention import attention_units
@@ -24,6 +24,9 @@ RULES: dict[type[nn.Module], Callable[[str, nn.Module], list[Unit]]] = {
     nn.MultiheadAttention: attention_units,
 }
 
+#: The methods in which a module computes: a subclass that overrides one may use its weights in any way.
+_COMPUTATION = ("forward", "_conv_forward")
+
 #: Their weights act on shifted copies of the output, so that a row of inputs does not determine an output alone.
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -31,12 +34,12 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def covered_type(module: nn.Module) -> type[nn.Module] | None:
     """Return the type in the table that the module is, or None.
 
-    A subclass counts only while it computes what its base computes: with a forward of its own its weights may be
-    used in any way.
+    A subclass counts only while it computes what its base computes.
     """
     for base in type(module).__mro__:
         if base in RULES:
-            return base if type(module).forward is base.forward else None
+            own = all(getattr(type(module), key, None) is getattr(base, key, None) for key in _COMPUTATION)
+            return base if own else None
     return None
 
 
@@ -56,13 +59,13 @@ def units_of(name: str, module: nn.Module) -> list[Unit]:
     covered = covered_type(module)
     if covered is None:
         return []
-    for key in ("weight", "in_proj_weight", "q_proj_weight"):
-        plain = module._parameters.get(key)
-        if parametrize.is_parametrized(module, key) or (hasattr(module, key + "_g") and plain is None):
+    if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
+        raise ModelError(f"layer {name!r} is lazy, its shape is unknown: run one batch through the model first")
+    units = RULES[covered](name, module)
+    for part in (part for unit in units for part in unit.slices):
+        if not isinstance(part.parameter, nn.Parameter):
             raise ModelError(
-                f"layer {name!r}: {key} is reparametrised (weight norm, spectral norm, ...): the trained parameters "
-                f"are not the weight that the inputs meet; remove the parametrisation first or {remedy}"
+                f"layer {name!r}: {part.name!r} is reparametrised (weight norm, spectral norm, pruning, ...): what is "
+                f"trained is not the weight that the inputs meet; remove the parametrisation first or {remedy}"
             )
-    if isinstance(getattr(module, "weight", None), nn.Parameter) or covered is nn.MultiheadAttention:
-        return [unit for unit in RULES[covered](name, module) if unit.weight.parameter.requires_grad]
-    raise ModelError(f"layer {name!r}: its weight is not a parameter of its own: {remedy}")
+    return [unit for unit in units if unit.weight.parameter.requires_grad]

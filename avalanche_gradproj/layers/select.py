@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from avalanche_gradproj.errors import ConfigurationError, ModelError
+from avalanche_gradproj.errors import ConfigurationError, ModelError, choice
 from avalanche_gradproj.layers.rules import units_of
 from avalanche_gradproj.layers.unit import Unit
 
@@ -61,26 +61,32 @@ def cover(
         ModelError: for lazy, tied or reparametrised weights, transposed convolutions, no covered layer, or an
             uncovered parameter where `uncovered="raise"`.
     """
+    choice("uncovered", uncovered, UNCOVERED)
     _refuse_lazy(model)
+    heads = tuple(heads)
     parameters = dict(model.named_parameters())
     _check_patterns(model, parameters, include, "include")
     _check_patterns(model, parameters, exclude, "exclude")
     units: list[Unit] = []
     alone: dict[str, str] = {}
-    attention = ""
+    projections: set[str] = set()  # output projections of attention, submodules that their layer computes itself
     for name, module in model.named_modules():
-        if _matches(name, exclude) or (attention and name == f"{attention}.out_proj"):
+        if name in projections or _matches(name, exclude):
             continue
-        in_head = next((head for head in heads if name == head or name.startswith(head + ".")), None)
-        if in_head is not None and not (include and _matches(name, include)):
+        in_head = any(name == head or name.startswith(head + ".") for head in heads)
+        within = include is None or _matches(name, include)
+        if in_head and (include is None or not within):
             alone.update({f"{name}.{own}".lstrip("."): "task head" for own in module._parameters})
             continue
         if isinstance(module, nn.MultiheadAttention):
-            attention = name
+            projections.add(f"{name}.out_proj".lstrip("."))
+        elif not within and not any(_matches(f"{name}.{own}", include) for own in module._parameters):
+            alone.update({f"{name}.{own}".lstrip("."): "not in include" for own in module._parameters})
+            continue
         for unit in units_of(name, module):
-            if _matches(unit.name, exclude):
+            if _covers(unit, exclude, "exclude"):
                 continue
-            if include is None or _matches(unit.name, include):
+            if include is None or _covers(unit, include, "include"):
                 units.append(unit)
             else:
                 alone.update({part.name: "not in include" for part in unit.slices})
@@ -93,6 +99,23 @@ def cover(
     return _treat(units, parameters, alone, exclude, uncovered)
 
 
+def _covers(unit: Unit, patterns: Sequence[str] | None, argument: str) -> bool:
+    """Whether patterns match a unit: by its name, or by the names of all its parameters.
+
+    Raises:
+        ConfigurationError: if they match some of its parameters and not all: a matrix is covered whole or not at all.
+    """
+    if _matches(unit.name, patterns):
+        return True
+    matched = [part.name for part in unit.slices if _matches(part.name, patterns)]
+    if matched and len(matched) < len(unit.slices):
+        raise ConfigurationError(
+            f"{argument}: {list(patterns or ())!r} matches {matched[0]!r} and not all of layer {unit.name!r}, which is "
+            f"covered whole or not at all: give {unit.name!r}"
+        )
+    return bool(matched)
+
+
 def _treat(
     units: list[Unit],
     parameters: dict[str, nn.Parameter],
@@ -101,10 +124,14 @@ def _treat(
     uncovered: str,
 ) -> Coverage:
     """Sort every parameter into covered, frozen and left alone."""
-    covered = {part.name for unit in units for part in unit.slices}
+    covered: dict[str, int] = defaultdict(int)
+    for part in (part for unit in units for part in unit.slices):
+        covered[part.name] += part.stop - part.start
     coverage = Coverage(units, parameters=parameters)
     for name, parameter in parameters.items():
         if name in covered:
+            if covered[name] < parameter.shape[0]:
+                coverage.alone[name] = f"{parameter.shape[0] - covered[name]} of its rows: excluded or not in include"
             continue
         if not parameter.requires_grad:
             coverage.alone[name] = "takes no gradient"

@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: Columns of a panel of the second moment at least, and panels at most: smaller products would run slower.
+_PANEL, _PANELS = 128, 6
+
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """Return the floating-point type in which second moments are summed on a device.
@@ -52,6 +55,8 @@ class RowStatistics:
             rows: [blocks, n, features], any floating-point type; half precision is widened to float32.
         """
         rows = rows.detach()
+        if rows.shape[1] == 0:
+            return
         if rows.dtype in (torch.float16, torch.bfloat16):
             rows = rows.float()
         self.count += rows.shape[1]
@@ -67,11 +72,15 @@ class RowStatistics:
         wide = rows.to(accumulation_dtype(rows.device))
         if self._moment is None:
             self._moment = wide.new_zeros(self.blocks, self.features, self.features)
-        if self.blocks == 1:
-            # A plain product is several times faster than a batched one of a single matrix.
-            self._moment[0].addmm_(wide[0].T, wide[0])
-        else:
+        if self.blocks > 1:
             self._moment.baddbmm_(wide.transpose(1, 2), wide)
+            return
+        # A plain product is several times faster than a batched one, and panels from the diagonal to the right leave
+        # out most of the lower half.
+        matrix, total = wide[0], self._moment[0]
+        step = self.features if self.features < 2 * _PANEL else max(_PANEL, -(-self.features // _PANELS))
+        for begin in range(0, self.features, step):
+            total[begin : begin + step, begin:].addmm_(matrix[:, begin : begin + step].T, matrix[:, begin:])
 
     @property
     def rows(self) -> Tensor | None:
@@ -81,4 +90,6 @@ class RowStatistics:
     @property
     def moment(self) -> Tensor | None:
         """The second moment C = R R^T [blocks, features, features], or None while the rows are kept."""
-        return self._moment
+        if self._moment is None:
+            return None
+        return self._moment.triu() + self._moment.triu(1).transpose(1, 2)

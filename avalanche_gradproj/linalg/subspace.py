@@ -89,13 +89,12 @@ def grow_basis(statistics: RowStatistics, basis: Basis, threshold: float, *, ran
     spectrum = _residual_spectrum(statistics, basis)
     if spectrum is None or threshold <= 0:
         return basis
-    directions, energies, explained, total, rounding = spectrum
-    reached = (explained[:, None] + energies.cumsum(1)) / total[:, None]
+    directions, energies, total, rounding = spectrum
+    # What directions i, i + 1, ... still hold, summed from the small end: the explained part would round it away.
+    left = energies.flip(1).cumsum(1).flip(1)
     if rank_rule == "official" and basis.rank == 0:
-        wanted = reached < threshold
-    else:
-        before = torch.cat([explained[:, None] / total[:, None], reached[:, :-1]], dim=1)
-        wanted = before < threshold
+        left = torch.cat([left[:, 1:], torch.zeros_like(left[:, :1])], dim=1)
+    wanted = left > (1 - threshold) * total[:, None]
     # The old columns are known to the precision of their type: what they miss by that is no new direction.
     rounding = basis.features * max(rounding, torch.finfo(basis.columns.dtype).eps ** 2)
     wanted &= energies > rounding * total[:, None]
@@ -104,13 +103,12 @@ def grow_basis(statistics: RowStatistics, basis: Basis, threshold: float, *, ran
     return _append(basis, directions, [int(count) for count in added.tolist()])
 
 
-def _residual_spectrum(statistics: RowStatistics, basis: Basis) -> tuple[Tensor, Tensor, Tensor, Tensor, float] | None:
+def _residual_spectrum(statistics: RowStatistics, basis: Basis) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """Decompose what the basis does not explain.
 
     Returns:
-        Directions [blocks, d, k], their energies [blocks, k] in descending order, the energy already explained
-        [blocks], the total energy [blocks], all in float64, and the relative rounding of an energy (a second
-        moment squares it); None where there are no rows.
+        Directions [blocks, d, k], their energies [blocks, k] in descending order and the total energy [blocks], all
+        in float64, and the relative rounding of an energy (a second moment squares it); None without rows.
     """
     rows, moment = statistics.rows, statistics.moment
     rounding = torch.finfo(torch.float64).eps
@@ -118,19 +116,16 @@ def _residual_spectrum(statistics: RowStatistics, basis: Basis) -> tuple[Tensor,
         rounding = rounding**2
         wide = _widen(rows)
         columns = _widen(basis.columns).to(wide.device)
-        inside = wide @ columns
-        explained, total = inside.square().sum((1, 2)), wide.square().sum((1, 2))
-        residual = wide - inside @ columns.transpose(1, 2)
+        total = wide.square().sum((1, 2))
+        residual = wide - (wide @ columns) @ columns.transpose(1, 2)
         directions, values, _ = torch.linalg.svd(residual.transpose(1, 2), full_matrices=False)
         energies = values.square()
     elif moment is not None:
         wide = _widen(moment)
         columns = _widen(basis.columns).to(wide.device)
         total = wide.diagonal(dim1=1, dim2=2).sum(1)
-        product = wide @ columns
-        explained = (columns * product).sum((1, 2))
         # (I - M M^T) C (I - M M^T), one side after the other
-        residual = wide - product @ columns.transpose(1, 2)
+        residual = wide - (wide @ columns) @ columns.transpose(1, 2)
         residual = residual - columns @ (columns.transpose(1, 2) @ residual)
         residual = (residual + residual.transpose(1, 2)) / 2
         values, vectors = torch.linalg.eigh(residual)
@@ -139,7 +134,7 @@ def _residual_spectrum(statistics: RowStatistics, basis: Basis) -> tuple[Tensor,
         return None
     # A block without energy has nothing to explain: a total of 1 makes its share 0 and its energies negligible.
     silent = total == 0
-    return directions, energies, explained, torch.where(silent, torch.ones_like(total), total), rounding
+    return directions, energies, torch.where(silent, torch.ones_like(total), total), rounding
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -48,15 +48,15 @@ class GradientProjectionMemory(GradientTransform):
     the layer's rows (equations 5, 8, 9), `threshold_t = min(1, threshold + threshold_step * t)`; later updates of the
     layer's weight are orthogonal to it (equation 6 of the paper applied to gradient or update).
 
-    Departures from the official code: see `rank_rule`; samples are drawn by a generator of their own; one number of
-    samples serves all layers unless one a layer is given; steps of any optimizer are handled (`apply_to`).
+    Departures from the official code: see `rank_rule`; samples come from a generator of their own; steps of any
+    optimizer are handled (`apply_to`).
 
     Args:
         threshold: share of the energy, between 0 and 1: one for all layers or one a covered layer, in the model's
             order. With 0 everywhere the method does nothing at all.
         threshold_step: added to the threshold per experience.
-        n_samples: samples drawn from an experience: one number for all layers, one a layer (the first so many of
-            those drawn), or None for all of the data, in one streaming pass.
+        n_samples: samples drawn from an experience: one number, one a layer (the first so many of those drawn), or
+            None for all of the data, in one streaming pass.
         rank_rule: `"paper"`, or `"official"`: one direction fewer in the first experience.
         apply_to: `"gradient"`, `"update"` (the step that the optimizer took), or `"auto"`: gradient where that is
             provably enough (SGD without weight decay), else update.
@@ -108,8 +108,7 @@ class GradientProjectionMemory(GradientTransform):
         )
         self.rank_rule, self.apply_to, self.uncovered = rank_rule, apply_to, uncovered
         self.batchnorm, self.route, self.seed = batchnorm, route, seed
-        self.include = None if include is None else include if isinstance(include, str) else list(include)
-        self.exclude = None if exclude is None else exclude if isinstance(exclude, str) else list(exclude)
+        self.include, self.exclude = include, exclude
         #: Sum up which share of the gradients is removed; costs one more product a layer and step.
         self.monitor = False
         #: Experiences learned so far.

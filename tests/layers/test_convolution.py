@@ -196,7 +196,6 @@ def test_without_bias_the_gradient_tensor_is_handed_over():
     np.testing.assert_array_equal(explicit_matrix(layer.weight.grad.numpy(), None, 1), gradient.numpy())
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="BUG (minor): reshape of an empty batch is ambiguous")
 def test_an_empty_batch_has_no_rows():
     (unit,) = units_of("conv", nn.Conv2d(2, 3, 3, padding=1))
     assert sum(rows.shape[1] for rows in unit.rows(torch.randn(0, 2, 5, 5))) == 0
