@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,9 +44,14 @@ class ProjectedInputs:
         self.forced = forced
         #: Set to a function of (rows, gradients at the output) to look at what each backward pass removes.
         self.monitor: Callable[[Tensor, Tensor], None] | None = None
+        self._weight = unit.weight.parameter
+        self._parameters = [part.parameter for part in unit.slices]
         self._handle_id = -1
-        self._formed: dict[int, _Identity] = {}
-        self._arrived: dict[int, _Identity] = {}
+        #: Values of the output that a forward pass is about to hand on.
+        self.output: Tensor | None = None
+        # Parameter id -> (address, version) of a gradient, and its storage: held, so that nobody else gets the address.
+        self._formed: dict[int, tuple[tuple[int, int], torch.UntypedStorage]] = {}
+        self._arrived: dict[int, tuple[tuple[int, int], torch.UntypedStorage]] = {}
 
     def cheaper(self, rows: int) -> bool:
         """Whether this route costs less than projecting the finished gradient, for so many rows in the batch."""
@@ -68,9 +72,9 @@ class ProjectedInputs:
         through `.data` moves no version count: who changes gradients so must say that they cannot be trusted.
         """
         arrived, self._arrived, self._formed = self._arrived, {}, {}
-        for part in self.unit.slices:
-            gradient = part.parameter.grad
-            if gradient is None or not _identity(gradient).same(arrived.get(id(part.parameter))):
+        for parameter in self._parameters:
+            gradient, known = parameter.grad, arrived.get(id(parameter))
+            if gradient is None or known is None or known[0] != _identity(gradient):
                 return False
         return True
 
@@ -100,8 +104,9 @@ class ProjectedInputs:
         x = args[0]
         if not self.cheaper(x.numel() // max(1, x.shape[-1])):
             return None
-        weight, bias = module.weight, module.bias
-        result: Tensor = _LinearFromProjectedInputs.apply(x, weight, bias, output.detach(), self)
+        # Not an argument of the function: as one, its result would be a view, which ReLU(inplace=True) may not modify.
+        self.output = output.data
+        result: Tensor = _LinearFromProjectedInputs.apply(x, self._weight, module.bias, self)
         return result
 
     def _arrival(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:
@@ -109,9 +114,9 @@ class ProjectedInputs:
 
         def hook(gradient: Tensor) -> None:
             # The sum of all that reached the weight in this backward pass: ours alone keeps its memory and version.
-            found = _identity(gradient)
-            if found.same(self._formed.get(key)):
-                self._arrived[key] = found
+            formed = self._formed.get(key)
+            if formed is not None and formed[0] == _identity(gradient):
+                self._arrived[key] = formed
             else:
                 self._arrived.pop(key, None)
 
@@ -149,23 +154,11 @@ class ProjectedInputs:
 
     def remember(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Note the gradient that this backward pass hands to a parameter."""
-        self._formed[id(parameter)] = _identity(gradient)
+        self._formed[id(parameter)] = _identity(gradient), gradient.untyped_storage()
 
 
-@dataclass(frozen=True)
-class _Identity:
-    """Which tensor it is and how often it was changed; the storage is held, so that its address is not given again."""
-
-    storage: torch.UntypedStorage
-    address: int
-    version: int
-
-    def same(self, other: _Identity | None) -> bool:
-        return other is not None and (self.address, self.version) == (other.address, other.version)
-
-
-def _identity(tensor: Tensor) -> _Identity:
-    return _Identity(tensor.untyped_storage(), tensor.data_ptr(), tensor._version)
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor._version
 
 
 class _LinearFromProjectedInputs(torch.autograd.Function):
@@ -173,24 +166,20 @@ class _LinearFromProjectedInputs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        output: Tensor,
-        layer: ProjectedInputs,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, layer: ProjectedInputs
+    ) -> Tensor | None:
         ctx.save_for_backward(x, weight)
         ctx.bias, ctx.layer = bias, layer
-        # A tensor of its own over the same memory: as a view it could not be modified in place (ReLU(inplace=True)).
-        return output.data
+        output, layer.output = layer.output, None
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         layer: ProjectedInputs = ctx.layer
-        rows = x.reshape(-1, x.shape[-1])
-        flat = gradient.reshape(-1, gradient.shape[-1])
+        rows, flat = x, gradient
+        if x.dim() != 2:
+            rows, flat = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         towards_input = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
         of_weight, of_bias = layer.form(rows, flat)
         layer.remember(weight, of_weight)
@@ -199,7 +188,7 @@ class _LinearFromProjectedInputs(torch.autograd.Function):
                 of_bias = flat.sum(0)
         else:
             layer.remember(ctx.bias, of_bias)
-        return towards_input, of_weight, of_bias, None, None
+        return towards_input, of_weight, of_bias, None
 
 
 @contextmanager

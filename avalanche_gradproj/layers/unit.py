@@ -81,6 +81,11 @@ class Unit:
         """The parameters that the unit is made of."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the unit shares none of its parameters with another one."""
+        return all(part.is_whole for part in self.slices)
+
     def matrix(self, pick: Callable[[ParameterSlice], Tensor | None]) -> Tensor | None:
         """Assemble [blocks, out, features] from tensors shaped like the parameters.
 
@@ -90,13 +95,16 @@ class Unit:
         Returns:
             The matrix, a view where there is no bias; None where `pick` gives None for a part.
         """
-        parts = []
-        for part in self.slices:
-            tensor = pick(part)
-            if tensor is None:
-                return None
-            parts.append(part.of(tensor).reshape(self.blocks, self.out, -1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        weight = pick(self.weight)
+        if weight is None:
+            return None
+        matrix = self.weight.of(weight).reshape(self.blocks, self.out, -1)
+        if self.bias is None:
+            return matrix
+        bias = pick(self.bias)
+        if bias is None:
+            return None
+        return torch.cat([matrix, self.bias.of(bias).reshape(self.blocks, self.out, 1)], dim=2)
 
     def weights(self) -> Tensor:
         """Return the present weight [blocks, out, features], bias last, detached."""
@@ -109,6 +117,8 @@ class Unit:
 
     def gather(self, pick: Callable[[ParameterSlice], Tensor | None]) -> Tensor | None:
         """Like `matrix`, with zeros for a part that has no tensor while another has one."""
+        if self.bias is None:
+            return self.matrix(pick)
         parts = [pick(part) for part in self.slices]
         if all(tensor is None for tensor in parts):
             return None

@@ -41,11 +41,6 @@ class Projector:
         self._dense: Tensor | None = None
         self._complement: Tensor | None = None
 
-    @property
-    def full(self) -> bool:
-        """Whether nothing is left: every block's basis spans its whole space."""
-        return min(self.basis.ranks) == self.basis.features
-
     def cost(self, n: int) -> tuple[float, str]:
         """Return the cost of the cheapest route for X with n rows, in floating-point operations, and its name."""
         if n not in self._costs:
@@ -95,21 +90,19 @@ class Projector:
         Returns:
             A new tensor of the same shape and type.
         """
-        shape, columns = x.shape, self._columns
-        wide = x.reshape(-1, shape[-1]) if columns.dim() == 2 else x
-        if wide.dtype != columns.dtype:
-            wide = wide.to(columns.dtype)
-        _, route = self.cost(wide.shape[-2])
+        columns = self._columns
+        if x.dim() != columns.dim() or x.dtype != columns.dtype:
+            matrix = x.reshape(-1, x.shape[-1]) if columns.dim() == 2 else x
+            return self.remove(matrix.to(columns.dtype)).to(x.dtype).view(x.shape)
+        _, route = self.cost(x.shape[-2])
         if route == "dense":
-            result = wide @ self.dense
-        elif route == "complement":
+            return x @ self.dense
+        if route == "complement":
             free = self.complement
-            result = (wide @ free) @ free.T
-        elif columns.dim() == 2:
-            result = torch.addmm(wide, wide @ columns, columns.T, alpha=-1)
-        else:
-            result = torch.baddbmm(wide, wide @ columns, columns.mT, alpha=-1)
-        return result.to(x.dtype).view(shape)
+            return (x @ free) @ free.T
+        if columns.dim() == 2:
+            return torch.addmm(x, x @ columns, columns.T, alpha=-1)
+        return torch.baddbmm(x, x @ columns, columns.mT, alpha=-1)
 
     def inside(self, x: Tensor) -> Tensor:
         """Return the coordinates X M of what would be removed: [.., n, r], of Frobenius norm ||X M M^T||."""

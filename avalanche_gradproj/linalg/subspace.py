@@ -55,6 +55,11 @@ class Basis:
         return self.columns.shape[2]
 
     @property
+    def full(self) -> bool:
+        """Whether every block's columns span its whole space."""
+        return min(self.ranks) == self.features
+
+    @property
     def free_share(self) -> float:
         """Share of the input dimensions, over all blocks, that no column occupies yet (between 0 and 1)."""
         return 1.0 - sum(self.ranks) / (len(self.ranks) * self.features)

@@ -74,15 +74,21 @@ class ProjectedTraining:
             apply_to = "gradient" if gradient_suffices(optimizer) else "update"
         self.apply_to = apply_to
         self._units = [unit for unit in units if bases[unit.name].rank > 0]
+        # A layer without a free direction cannot learn: no gradient is cheaper than a gradient of zeros.
+        full = (
+            [] if monitor or apply_to != "gradient" else [u for u in self._units if bases[u.name].full and u.is_whole]
+        )
         inner = "auto" if route == "inputs" else route
         self.projectors = {unit.name: Projector(bases[unit.name], route=inner) for unit in self._units}
         self._inputs = {
             unit.name: layer
             for unit in self._units
-            if unit.input_route and route in ("auto", "inputs") and apply_to == "gradient"
+            if unit not in full and unit.input_route and route in ("auto", "inputs") and apply_to == "gradient"
             if (layer := ProjectedInputs(unit, self.projectors[unit.name], forced=route == "inputs")).worthwhile()
         }
         self._frozen = [parameter for parameter in frozen if parameter.requires_grad]
+        self._without_gradient = [*self._frozen, *(part.parameter for unit in full for part in unit.slices)]
+        self._learning = [unit for unit in self._units if unit not in full]
         owned = {part.name: part.parameter for unit in self._units for part in unit.slices}
         self._start = {name: parameter.detach().clone() for name, parameter in owned.items()}
         self._frozen_start = [parameter.detach().clone() for parameter in self._frozen]
@@ -113,11 +119,11 @@ class ProjectedTraining:
 
         A parameter without a gradient is skipped by every optimizer of torch, also by momentum and weight decay.
         """
-        for parameter in self._frozen:
+        for parameter in self._without_gradient:
             parameter.grad = None
         if self.apply_to != "gradient" and not self._monitor:
             return
-        for unit in self._units:
+        for unit in self._learning:
             layer = self._inputs.get(unit.name)
             formed = self._pending.pop(unit.name, None)
             if layer is not None and layer.is_projected() and trusted:

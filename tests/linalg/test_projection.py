@@ -56,14 +56,14 @@ def test_all_routes_equal_the_formula(data, route, blocks, d):
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_a_full_basis_leaves_nothing(route, blocks):
     projector = Projector(random_basis(6, [6] * blocks), route=route)
-    assert projector.full
+    assert projector.basis.full
     assert projector.remove(torch.randn(blocks, 4, 6)).abs().max() < 1e-14
 
 
 def test_full_means_every_block():
-    assert not Projector(random_basis(4, [4, 3])).full
-    assert not Projector(random_basis(4, [3])).full
-    assert not Projector(random_basis(4, [0])).full
+    assert not Projector(random_basis(4, [4, 3])).basis.full
+    assert not Projector(random_basis(4, [3])).basis.full
+    assert not Projector(random_basis(4, [0])).basis.full
 
 
 @pytest.mark.parametrize("route", [*ROUTES, "auto"])
