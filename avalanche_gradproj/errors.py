@@ -50,7 +50,9 @@ def choice(argument: str, value: object, options: tuple[str, ...]) -> None:
         raise ConfigurationError(f"{argument}={value!r} is unknown: use one of {expected}")
 
 
-def numbers(argument: str, given: Any, kind: type, expected: str, valid: Callable[[Any], bool]) -> tuple[Any, ...]:
+def numbers(
+    argument: str, given: Any, kind: type, expected: str, valid: Callable[[Any], bool], *, one: bool = False
+) -> tuple[Any, ...]:
     """Check an argument that is one number or a sequence of them.
 
     Args:
@@ -59,6 +61,7 @@ def numbers(argument: str, given: Any, kind: type, expected: str, valid: Callabl
         kind: `int`, or `float` (which takes integers too).
         expected: what one number must be, for the message.
         valid: whether a number is.
+        one: a sequence is refused.
 
     Returns:
         The numbers; one for a single number.
@@ -66,9 +69,20 @@ def numbers(argument: str, given: Any, kind: type, expected: str, valid: Callabl
     Raises:
         ConfigurationError: naming argument, what came and what was expected.
     """
-    values = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    # Arrays of numpy and torch know tolist(); their scalars become Python's.
+    plain = given.tolist() if hasattr(given, "tolist") else given
+    several = isinstance(plain, Sequence) and not isinstance(plain, str)
+    values = tuple(v.item() if hasattr(v, "item") else v for v in plain) if several else (plain,)
     allowed = int if kind is int else (int, float)
     for value in values or (None,):
-        if isinstance(value, bool) or not isinstance(value, allowed) or math.isnan(value) or not valid(value):
-            raise ConfigurationError(f"{argument}={given!r}: give {expected}, or one a covered layer")
-    return values
+        wrong = isinstance(value, bool) or not isinstance(value, allowed) or math.isnan(value) or not valid(value)
+        if wrong or (one and several):
+            raise ConfigurationError(
+                f"{argument}={given!r}: give {expected}" + ("" if one else ", or one a covered layer")
+            )
+    return tuple(kind(value) for value in values)
+
+
+def in_unit(value: float) -> bool:
+    """Whether a number lies between 0 and 1."""
+    return 0 <= value <= 1

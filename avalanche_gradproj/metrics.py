@@ -89,6 +89,10 @@ def _leak(core: GradientProjectionMemory) -> dict[str, float]:
     return core.leak
 
 
+def _stray(core: GradientProjectionMemory) -> dict[str, float]:
+    return core.stray
+
+
 def _bytes(core: GradientProjectionMemory) -> dict[str, float]:
     return {"all": float(core.bytes_held)}
 
@@ -104,13 +108,21 @@ def free_share_metrics() -> LayerMetric:
 
 
 def removed_share_metrics() -> LayerMetric:
-    """Share of each layer's squared gradient norm that was removed over the experience, between 0 and 1."""
+    """Share of each layer's squared gradient norm that lay in its basis over the experience, between 0 and 1.
+
+    It is what projecting gradients removes; where steps are projected (Adam, say) it says the same of the gradients.
+    """
     return LayerMetric("RemovedShare", _removed_shares, monitor=True)
 
 
 def leak_metrics() -> LayerMetric:
     """Share of each layer's change over the experience that lies in its basis: 0 but for rounding."""
     return LayerMetric("Leak", _leak)
+
+
+def stray_metrics() -> LayerMetric:
+    """The leak before it was taken back at the end: more than rounding means that something undid the projection."""
+    return LayerMetric("Stray", _stray)
 
 
 def memory_metrics() -> LayerMetric:
@@ -120,4 +132,11 @@ def memory_metrics() -> LayerMetric:
 
 def projection_metrics() -> list[LayerMetric]:
     """Return all metrics of projection methods."""
-    return [rank_metrics(), free_share_metrics(), removed_share_metrics(), leak_metrics(), memory_metrics()]
+    return [
+        rank_metrics(),
+        free_share_metrics(),
+        removed_share_metrics(),
+        leak_metrics(),
+        stray_metrics(),
+        memory_metrics(),
+    ]

@@ -141,21 +141,18 @@ def run(
 ) -> None:
     """Train one method on one protocol and write one JSON file."""
     from benchmarks import compare as comparison
-    from benchmarks import report
     from benchmarks.progress import Bars
-    from benchmarks.run import run as run_job
-    from benchmarks.run import write_json
 
     request = _request((protocol,), (method,), (seed,), data=data, device=device, assignments=set_, out=out)
     job = comparison.prepare(request)[0]
-    images = comparison.data_for(request, protocol)
-    with _interruptible(out):
-        with Bars(1) as bars:
-            bars.begin(f"{protocol} {method} seed {seed}")
-            result = run_job(job, images, bars.report)
-            write_json(out / job.file_name, result)
-            bars.end(f"{protocol} {method} seed {seed}: {report.one_line(result)}")
-        typer.echo(out / job.file_name)
+    outcome = comparison.Outcome()
+    with _interruptible(out), Bars(1) as bars:
+        comparison.one(job, comparison.data_for(request, protocol), out, bars, outcome)
+    for file, message in outcome.failures:
+        typer.echo(f"failed: {file}: {message}", err=True)
+    if outcome.failures:
+        raise typer.Exit(_FAILED)
+    typer.echo(out / job.file_name)
 
 
 @app.command()

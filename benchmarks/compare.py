@@ -18,11 +18,14 @@ import torch
 from benchmarks import report
 from benchmarks.jobs import Job, change_tag, combined_tag, load_data, make_job
 from benchmarks.methods import find_method
+from benchmarks.models import build_model
 from benchmarks.progress import Bars
 from benchmarks.protocols import PROTOCOLS, check_assignments, find_protocol
+from benchmarks.resources import reproducible
 from benchmarks.run import build_stream, run, write_json, write_text
 from benchmarks.settings import InputError
 from benchmarks.sources import ImageData
+from benchmarks.streams import Stream
 
 Runner = Callable[..., dict[str, Any]]
 
@@ -190,8 +193,37 @@ def prepare(request: Request) -> list[Job]:
                     f"train_batch={job.protocol.train_batch}: joint training on {name} takes samples of all "
                     f"{stream.n_heads} tasks into each batch; expected at least {stream.n_heads}"
                 )
+            check_method(job, stream)
     check_output(request.out)
     return jobs
+
+
+def check_method(job: Job, stream: Stream) -> None:
+    """Try a job's method on its network and the sizes of its training sets; nothing is trained.
+
+    Args:
+        job: the run.
+        stream: its stream.
+
+    Raises:
+        InputError: if the method refuses the network, its settings or the data.
+    """
+    from avalanche_gradproj import GradProjError
+    from avalanche_gradproj.plugins.base import GradientTransformPlugin, task_heads
+
+    try:
+        with reproducible(job.seed):
+            model = build_model(job.protocol.model, stream, job.protocol.hidden)
+        for plugin in find_method(job.method).plugins(job.settings, job.seed):
+            if not isinstance(plugin, GradientTransformPlugin):
+                continue
+            plugin.method.start(model, None, heads=task_heads(model))
+            needed, smallest = plugin.method.required_samples(), min(len(dataset) for dataset in stream.train)
+            if needed is not None and needed > smallest:
+                argument = plugin.method.samples_argument
+                raise InputError(f"{argument}={needed}: {job.protocol.name} has experiences of {smallest} samples")
+    except GradProjError as error:
+        raise InputError(f"{job.method} on {job.protocol.name}: {' '.join(str(error).split())}") from error
 
 
 def compare(request: Request, jobs: Sequence[Job], bars: Bars, outcome: Outcome, runner: Runner = run) -> None:
@@ -208,12 +240,12 @@ def compare(request: Request, jobs: Sequence[Job], bars: Bars, outcome: Outcome,
         data = data_for(request, name)
         for job in jobs:
             if job.protocol.name == name:
-                _one(job, data, request.out, bars, outcome, runner=runner)
+                one(job, data, request.out, bars, outcome, runner=runner)
         if outcome.results.get(name):
             _write_table(request, name, outcome)
 
 
-def _one(job: Job, data: ImageData, out: Path, bars: Bars, outcome: Outcome, *, runner: Runner) -> None:
+def one(job: Job, data: ImageData, out: Path, bars: Bars, outcome: Outcome, *, runner: Runner = run) -> None:
     """Do one run; whatever goes wrong in it stays with it."""
     label = f"{job.protocol.name} {job.method} seed {job.seed}"
     path = out / job.file_name

@@ -114,8 +114,8 @@ def make_job(
     Raises:
         InputError: if something is unknown or refused.
     """
-    if seed < 0:
-        raise InputError(f"seed {seed} is negative: expected 0 or more")
+    if not 0 <= seed < 2**31:
+        raise InputError(f"seed {seed} is out of range: expected 0 to {2**31 - 1}")
     protocol, settings, used = resolve(protocol_name, method_name, assignments)
     method = find_method(method_name)
     try:

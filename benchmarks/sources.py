@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import socket
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,7 +89,16 @@ def read_npz(path: Path, expected: Expected) -> ImageData:
                 found = ", ".join(archive.files) or "nothing"
                 raise InputError(f"{path}: key {missing[0]!r} is missing (found: {found})")
             arrays = {key: archive[key] for key in (*_KEYS, "coarse") if key in archive.files}
-    except (zipfile.BadZipFile, ValueError, OSError, AttributeError, EOFError, TypeError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        ValueError,
+        OSError,
+        AttributeError,
+        EOFError,
+        TypeError,
+    ) as error:
         raise InputError(f"{path} is not a readable .npz archive of plain arrays: {_one_line(error)}") from error
     return _from_arrays(str(path), arrays, expected)
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avalanche_gradproj.layers.linear import trainable
 from avalanche_gradproj.layers.unit import OnCall, ParameterSlice, Unit, with_constant
 
 
@@ -38,12 +37,12 @@ def attention_units(name: str, module: nn.Module) -> list[Unit]:
             own = f"{letter}_proj_weight"
             weight = ParameterSlice.whole(prefix + own, getattr(module, own))
         bias = None
-        if trainable(module.in_proj_bias):
+        if module.in_proj_bias is not None:
             bias = ParameterSlice(f"{prefix}in_proj_bias", module.in_proj_bias, start, stop)
         units.append(_projection(f"{prefix}{letter}_proj", module, weight, bias))
     out = module.out_proj
     weight = ParameterSlice.whole(f"{prefix}out_proj.weight", out.weight)
-    bias = ParameterSlice.whole(f"{prefix}out_proj.bias", out.bias) if trainable(out.bias) else None
+    bias = ParameterSlice.whole(f"{prefix}out_proj.bias", out.bias) if out.bias is not None else None
     units.append(_projection(f"{prefix}out_proj", module, weight, bias))
     return units
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avalanche_gradproj.layers.linear import trainable
 from avalanche_gradproj.layers.unit import ParameterSlice, Unit, with_constant
 
 #: Rows of a convolution are formed for so many images at a time that at most this many numbers exist at once (16 MB
@@ -67,7 +66,7 @@ def conv_units(name: str, module: nn.Module) -> list[Unit]:
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         raise TypeError(f"{name}: conv_units needs a convolution, got {type(module).__name__}")
     groups, space = module.groups, len(module.kernel_size)
-    bias = trainable(module.bias)
+    bias = module.bias is not None
     taps = module.in_channels // groups * math.prod(module.kernel_size)
 
     def rows(x: Tensor) -> Iterator[Tensor]:
@@ -93,7 +92,7 @@ def conv_units(name: str, module: nn.Module) -> list[Unit]:
             module=module,
             weight=ParameterSlice.whole(f"{name}.weight" if name else "weight", module.weight),
             bias=ParameterSlice.whole(f"{name}.bias" if name else "bias", module.bias)
-            if module.bias is not None and bias
+            if module.bias is not None
             else None,
             blocks=groups,
             out=module.out_channels // groups,

@@ -47,19 +47,21 @@ class ProjectedInputs:
         self._weight = unit.weight.parameter
         self._parameters = [part.parameter for part in unit.slices]
         self._handle_id = -1
+        #: Whether forward passes are those of the training step itself.
+        self.listening = True
         #: Values of the output that a forward pass is about to hand on.
         self.output: Tensor | None = None
         # Parameter id -> (address, version) of a gradient, and its storage: held, so that nobody else gets the address.
         self._formed: dict[int, tuple[tuple[int, int], torch.UntypedStorage]] = {}
-        self._arrived: dict[int, tuple[tuple[int, int], torch.UntypedStorage]] = {}
+        self._cheaper: dict[int, bool] = {}
 
     def cheaper(self, rows: int) -> bool:
         """Whether this route costs less than projecting the finished gradient, for so many rows in the batch."""
-        if self.forced:
-            return True
-        gradient, _ = self.projector.cost(self.unit.out)
-        inputs, _ = self.projector.cost(rows)
-        return inputs + FUNCTION_COST < gradient
+        if rows not in self._cheaper:
+            gradient, _ = self.projector.cost(self.unit.out)
+            inputs, _ = self.projector.cost(rows)
+            self._cheaper[rows] = self.forced or inputs + FUNCTION_COST < gradient
+        return self._cheaper[rows]
 
     def worthwhile(self) -> bool:
         """Whether there is a number of rows for which this route is the cheaper one."""
@@ -68,13 +70,16 @@ class ProjectedInputs:
     def is_projected(self) -> bool:
         """Whether the gradients now held by the parameters are exactly those formed here; forgets them.
 
-        Decided by the identity of the memory and its version count, on the host, without looking at values. A change
-        through `.data` moves no version count: who changes gradients so must say that they cannot be trusted.
+        The sum of all that reached a weight keeps the memory and the version count of the tensor that was formed only
+        where nothing was added to it: decided on the host, without looking at values. A change through `.data` moves no
+        version count: who changes gradients so must say that they cannot be trusted.
         """
-        arrived, self._arrived, self._formed = self._arrived, {}, {}
+        formed, self._formed = self._formed, {}
         for parameter in self._parameters:
-            gradient, known = parameter.grad, arrived.get(id(parameter))
-            if gradient is None or known is None or known[0] != _identity(gradient):
+            if not parameter.requires_grad:
+                continue
+            gradient, known = parameter.grad, formed.get(id(parameter))
+            if gradient is None or known is None or known[0] != (gradient.data_ptr(), gradient._version):
                 return False
         return True
 
@@ -85,16 +90,16 @@ class ProjectedInputs:
             handle = self.unit.module.register_forward_hook(self._forward_hook)
             self._handle_id = handle.id
             stack.callback(handle.remove)
-            for part in self.unit.slices:
-                stack.callback(part.parameter.register_hook(self._arrival(part.parameter)).remove)
-            stack.callback(self._arrived.clear)
             stack.callback(self._formed.clear)
             yield
 
     def _forward_hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         # Evaluation inside training needs nothing; under autocast the products would be rounded to half precision
         # and leak, so that the finished float32 gradient is projected instead.
-        if not (torch.is_grad_enabled() and output.requires_grad) or len(args) != 1:
+        if not self.listening or not (torch.is_grad_enabled() and output.requires_grad) or len(args) != 1:
+            return None
+        weight = module.weight
+        if weight is not self._weight or not weight.requires_grad:  # functional calls, replicas; frozen meanwhile
             return None
         if torch.is_autocast_enabled(output.device.type) or output.dtype in (torch.float16, torch.bfloat16):
             return None
@@ -106,21 +111,8 @@ class ProjectedInputs:
             return None
         # Not an argument of the function: as one, its result would be a view, which ReLU(inplace=True) may not modify.
         self.output = output.data
-        result: Tensor = _LinearFromProjectedInputs.apply(x, self._weight, module.bias, self)
+        result: Tensor = _LinearFromProjectedInputs.apply(x, weight, module.bias, self)
         return result
-
-    def _arrival(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:
-        key = id(parameter)
-
-        def hook(gradient: Tensor) -> None:
-            # The sum of all that reached the weight in this backward pass: ours alone keeps its memory and version.
-            formed = self._formed.get(key)
-            if formed is not None and formed[0] == _identity(gradient):
-                self._arrived[key] = formed
-            else:
-                self._arrived.pop(key, None)
-
-        return hook
 
     def form(self, rows: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the projected gradients of weight and bias.
@@ -131,34 +123,15 @@ class ProjectedInputs:
         """
         if self.monitor is not None:
             self.monitor(rows, gradients)
-        transposed = gradients.T
-        projector = self.projector
-        _, route = projector.cost(rows.shape[0])
+        transposed, projector = gradients.T, self.projector
         if self.unit.bias is None:
             return transposed @ projector.remove(rows), None
-        d = rows.shape[1]  # the constant 1 that the bias sees is the last feature
-        if route == "dense":
-            dense = projector.dense
-            kept = torch.addmm(dense[d, :d], rows, dense[:d, :d])
-            constant = torch.addmv(dense[d, d].expand(rows.shape[0]), rows, dense[:d, d])
-        elif route == "complement":
-            free = projector.complement
-            inside = torch.addmm(free[d], rows, free[:d])
-            kept, constant = inside @ free[:d].T, inside @ free[d]
-        else:
-            columns = projector.columns
-            inside = torch.addmm(columns[d], rows, columns[:d])
-            kept = torch.addmm(rows, inside, columns[:d].T, alpha=-1)
-            constant = 1 - inside @ columns[d]
+        kept, constant = projector.remove_with_constant(rows)
         return transposed @ kept, transposed @ constant
 
     def remember(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Note the gradient that this backward pass hands to a parameter."""
-        self._formed[id(parameter)] = _identity(gradient), gradient.untyped_storage()
-
-
-def _identity(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor._version
+        self._formed[id(parameter)] = (gradient.data_ptr(), gradient._version), gradient.untyped_storage()
 
 
 class _LinearFromProjectedInputs(torch.autograd.Function):

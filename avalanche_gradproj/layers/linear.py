@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 
 from avalanche_gradproj.layers.unit import ParameterSlice, Unit, with_constant
-
-
-def trainable(parameter: Any) -> bool:
-    """Whether a parameter exists and takes a gradient."""
-    return parameter is not None and parameter.requires_grad
 
 
 def linear_units(name: str, module: nn.Module) -> list[Unit]:
@@ -24,7 +18,7 @@ def linear_units(name: str, module: nn.Module) -> list[Unit]:
     """
     if not isinstance(module, nn.Linear):
         raise TypeError(f"{name}: linear_units needs an nn.Linear, got {type(module).__name__}")
-    bias = trainable(module.bias)
+    bias = module.bias is not None
 
     def rows(x: Tensor) -> Iterator[Tensor]:
         yield with_constant(x.reshape(1, -1, module.in_features), bias)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -19,7 +20,7 @@ def tracked_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def untracked_norms(model: nn.Module) -> list[str]:
-    """Return the names of batch-normalising layers without running statistics: nothing of theirs can be held."""
+    """Return the names of normalising layers without running statistics: nothing of theirs can be held."""
     return [
         name for name, module in model.named_modules() if isinstance(module, _NormBase) and module.running_mean is None
     ]
@@ -35,10 +36,14 @@ def held_statistics(model: nn.Module) -> Iterator[None]:
         model: a model in training mode; layers already in evaluation mode stay in it.
     """
     held = [module for module in tracked_norms(model).values() if module.training]
-    try:
+    with ExitStack() as stack:
         for module in held:
             module.eval()
+            stack.callback(module.train)
+            # Whoever calls model.train() in between would thaw them.
+            stack.callback(module.register_forward_pre_hook(_evaluate).remove)
         yield
-    finally:
-        for module in held:
-            module.train()
+
+
+def _evaluate(module: nn.Module, args: Any) -> None:
+    module.training = False

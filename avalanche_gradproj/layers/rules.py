@@ -68,4 +68,4 @@ def units_of(name: str, module: nn.Module) -> list[Unit]:
                 f"layer {name!r}: {part.name!r} is reparametrised (weight norm, spectral norm, pruning, ...): what is "
                 f"trained is not the weight that the inputs meet; remove the parametrisation first or {remedy}"
             )
-    return [unit for unit in units if unit.weight.parameter.requires_grad]
+    return units

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -41,8 +41,12 @@ def cover(
     exclude: Sequence[str] | None = None,
     heads: Iterable[str] = (),
     uncovered: str = "freeze",
+    keep: Collection[str] = (),
 ) -> Coverage:
     """Decide the treatment of every parameter of a model.
+
+    `uncovered` is about parameters of no matrix layer that `include` and `exclude` leave open: with `include`, what it
+    does not match is left alone.
 
     A pattern (shell style, `*` and `?`) matches a layer by its name or by the name of a module that holds it:
     `"features"` and `"features.*"` both match `features.0`. Attention layers hold `q_proj`, `k_proj`, `v_proj` and
@@ -55,6 +59,7 @@ def cover(
         heads: names of modules that are task heads: left alone unless `include` matches them.
         uncovered: what is no matrix layer (norm scale and shift, embeddings, plain parameters): `"freeze"`,
             `"train"` (left alone) or `"raise"`.
+        keep: layers that are covered though their weight takes no gradient now: it may again.
 
     Raises:
         ConfigurationError: for a pattern that matches nothing.
@@ -87,7 +92,8 @@ def cover(
             if _covers(unit, exclude, "exclude"):
                 continue
             if include is None or _covers(unit, include, "include"):
-                units.append(unit)
+                if unit.weight.parameter.requires_grad or unit.name in keep:
+                    units.append(unit)
             else:
                 alone.update({part.name: "not in include" for part in unit.slices})
     _refuse_tied(model, units)
@@ -133,10 +139,10 @@ def _treat(
             if covered[name] < parameter.shape[0]:
                 coverage.alone[name] = f"{parameter.shape[0] - covered[name]} of its rows: excluded or not in include"
             continue
-        if not parameter.requires_grad:
-            coverage.alone[name] = "takes no gradient"
-        elif name in alone:
+        if name in alone:
             coverage.alone[name] = alone[name]
+        elif not parameter.requires_grad:
+            coverage.alone[name] = "takes no gradient"
         elif _matches(name, exclude):
             coverage.alone[name] = "excluded"
         elif uncovered == "raise":
@@ -165,6 +171,8 @@ def _check_patterns(
 ) -> None:
     if isinstance(patterns, str):
         raise ConfigurationError(f"{argument}={patterns!r} is one string: give a list of patterns, [{patterns!r}]")
+    if not all(isinstance(pattern, str) for pattern in patterns or ()):
+        raise ConfigurationError(f"{argument}={patterns!r}: give a list of patterns, each a string")
     names = [name for name, _ in model.named_modules() if name] + list(parameters)
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):

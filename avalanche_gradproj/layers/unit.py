@@ -134,6 +134,9 @@ class Unit:
         for part in self.slices:
             target = part.of(pick(part))
             width = target.numel() // (self.blocks * self.out)
+            if not part.parameter.requires_grad:  # what the user froze is not ours to write
+                column += width
+                continue
             target.copy_(matrix[:, :, column : column + width].reshape(target.shape))
             column += width
 

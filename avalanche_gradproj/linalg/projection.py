@@ -6,7 +6,7 @@ With M [d, r] an orthonormal basis and N [d, d - r] one of its complement, for X
     factored    X - (X M) M^T         4 n d r
     complement  (X N) N^T             4 n d (d - r)
 
-X is a layer's gradient (n = outputs), or the rows at its input (n = rows in the batch): see METHODS in the docs.
+X is a layer's gradient (n = outputs), or the rows at its input (n = rows in the batch): see docs/gpm.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from avalanche_gradproj.linalg.factor import FixedFactor
 from avalanche_gradproj.linalg.subspace import Basis, complement
 
 ROUTES = ("dense", "factored", "complement")
@@ -38,6 +39,7 @@ class Projector:
         columns = basis.columns if dtype is None else basis.columns.to(dtype)
         self._columns = columns[0] if len(basis.ranks) == 1 else columns
         self._costs: dict[int, tuple[float, str]] = {}
+        self._fixed: dict[tuple[str, bool], tuple[FixedFactor, FixedFactor | None]] = {}
         self._dense: Tensor | None = None
         self._complement: Tensor | None = None
 
@@ -59,11 +61,6 @@ class Projector:
             return costs[self.route], self.route
         best = min(costs, key=lambda name: costs[name])
         return costs[best], best
-
-    @property
-    def columns(self) -> Tensor:
-        """M: [d, r] for a single block, [blocks, d, r] else."""
-        return self._columns
 
     @property
     def dense(self) -> Tensor:
@@ -95,17 +92,48 @@ class Projector:
             matrix = x.reshape(-1, x.shape[-1]) if columns.dim() == 2 else x
             return self.remove(matrix.to(columns.dtype)).to(x.dtype).view(x.shape)
         _, route = self.cost(x.shape[-2])
-        if route == "dense":
-            return x @ self.dense
+        if columns.dim() == 3:
+            return x @ self.dense if route == "dense" else torch.baddbmm(x, x @ columns, columns.mT, alpha=-1)
+        first, second = self._factors(route, constant=False)
+        if second is None:
+            return first(x)
+        return second(first(x)) if route == "complement" else x - second(first(x))
+
+    def remove_with_constant(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [X, 1] - ([X, 1] M) M^T of a single block, the constant's column apart.
+
+        Args:
+            x: [n, d - 1], rows without the constant that the bias sees.
+
+        Returns:
+            The projected rows [n, d - 1] and the projected constant [n].
+        """
+        d = x.shape[1]
+        _, route = self.cost(x.shape[0])
+        first, second = self._factors(route, constant=True)
+        if second is None:
+            return first(x), torch.addmv(self.dense[d, d].expand(len(x)), x, self.dense[:d, d])
+        inside = first(x)
         if route == "complement":
-            free = self.complement
-            return (x @ free) @ free.T
-        if columns.dim() == 2:
-            return torch.addmm(x, x @ columns, columns.T, alpha=-1)
-        return torch.baddbmm(x, x @ columns, columns.mT, alpha=-1)
+            return second(inside), inside @ self.complement[d]
+        return x - second(inside), 1 - inside @ self._columns[d]
 
     def inside(self, x: Tensor) -> Tensor:
         """Return the coordinates X M of what would be removed: [.., n, r], of Frobenius norm ||X M M^T||."""
         if len(self.basis.ranks) == 1:
             x = x.reshape(-1, x.shape[-1])
         return x.to(self._columns.dtype) @ self._columns
+
+    def _factors(self, route: str, *, constant: bool) -> tuple[FixedFactor, FixedFactor | None]:
+        """Return the one or two fixed matrices of a route, for rows with or without a constant 1 behind them."""
+        if (route, constant) not in self._fixed:
+            d = self.basis.features - constant
+            factors: tuple[FixedFactor, FixedFactor | None]
+            if route == "dense":
+                factors = FixedFactor(self.dense[:d, :d], self.dense[d, :d] if constant else None), None
+            else:
+                columns = self.complement if route == "complement" else self._columns
+                bias = columns[d] if constant else None
+                factors = FixedFactor(columns[:d], bias), FixedFactor(columns[:d].T)
+            self._fixed[route, constant] = factors
+        return self._fixed[route, constant]

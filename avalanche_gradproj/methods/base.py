@@ -27,6 +27,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     state_version: ClassVar[int] = 1
+    #: The argument that says how many samples are drawn from an experience, for messages.
+    samples_argument: ClassVar[str] = "n_samples"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two experiences: tensors, numbers and names in a plain dict."""
@@ -110,6 +112,10 @@ class Method(ABC):
             yield
         self.finish()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the experience in training: it refers to the model, and cannot be pickled."""
+        return {**self.__dict__, "_training": None} if "_training" in self.__dict__ else dict(self.__dict__)
+
 
 class GradientTransform(Method):
     """A method that changes gradients, or the steps made of them: GPM, OGD, LOGD."""
@@ -121,6 +127,13 @@ class GradientTransform(Method):
         Args:
             trusted: whether the gradients are what the backward pass left; False where somebody may have changed
                 them since.
+        """
+
+    def listen(self, listening: bool) -> None:
+        """Say whether the coming forward passes are those of training steps.
+
+        Needed where others run forward and backward passes of their own during an epoch; a method that takes part in
+        the backward pass then does so for training steps alone. Without a call every pass counts.
         """
 
     @abstractmethod

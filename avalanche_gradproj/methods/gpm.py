@@ -11,22 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from avalanche_gradproj.errors import ConfigurationError, DataError, StateError, choice, numbers
+from avalanche_gradproj.errors import DataError, StateError, choice, in_unit, numbers
 from avalanche_gradproj.layers.select import UNCOVERED, Coverage, cover
-from avalanche_gradproj.layers.unit import Unit
 from avalanche_gradproj.linalg.projection import ROUTES
 from avalanche_gradproj.linalg.subspace import RANK_RULES, grow_basis
 from avalanche_gradproj.methods.base import Forward, GradientTransform
 from avalanche_gradproj.methods.memory import BasisMemory
-from avalanche_gradproj.methods.projected import ProjectedTraining
+from avalanche_gradproj.methods.projected import ProjectedTraining, warn_of_stray
 from avalanche_gradproj.methods.report import Report, projection_report, statistics_notes
-from avalanche_gradproj.methods.rows import collect_rows
+from avalanche_gradproj.methods.rows import collect_rows, per_layer
 
 APPLY_TO = ("auto", "gradient", "update")
 BATCHNORM = ("freeze", "track")
-
-#: Leak, before the correction at the end of an experience, that rounding cannot explain.
-STRAY = 1e-2
 
 
 class GradientProjectionMemory(GradientTransform):
@@ -48,8 +44,7 @@ class GradientProjectionMemory(GradientTransform):
     the layer's rows (equations 5, 8, 9), `threshold_t = min(1, threshold + threshold_step * t)`; later updates of the
     layer's weight are orthogonal to it (equation 6 of the paper applied to gradient or update).
 
-    Departures from the official code: see `rank_rule`; samples come from a generator of their own; steps of any
-    optimizer are handled (`apply_to`).
+    Departures from the official code: `rank_rule`; an own generator of samples; any optimizer (`apply_to`).
 
     Args:
         threshold: share of the energy, between 0 and 1: one for all layers or one a covered layer, in the model's
@@ -95,19 +90,18 @@ class GradientProjectionMemory(GradientTransform):
         choice("uncovered", uncovered, UNCOVERED)
         choice("batchnorm", batchnorm, BATCHNORM)
         choice("route", route, ("auto", "inputs", *ROUTES))
-        self.threshold = numbers("threshold", threshold, float, "between 0 and 1", lambda v: 0 <= v <= 1)
-        if isinstance(threshold_step, bool) or not isinstance(threshold_step, int | float) or threshold_step < 0:
-            raise ConfigurationError(f"threshold_step={threshold_step!r}: give a number that is not negative")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ConfigurationError(f"seed={seed!r}: give an integer")
-        self.threshold_step = float(threshold_step)
+        self.threshold = numbers("threshold", threshold, float, "between 0 and 1", in_unit)
+        (self.threshold_step,) = numbers(
+            "threshold_step", threshold_step, float, "one number from 0 to 1", in_unit, one=True
+        )
+        (self.seed,) = numbers("seed", seed, int, "one integer from 0 to 2**31", lambda v: 0 <= v <= 2**31, one=True)
         self.n_samples = (
             n_samples
             if n_samples is None
             else numbers("n_samples", n_samples, int, "a positive integer", lambda v: v >= 1)
         )
         self.rank_rule, self.apply_to, self.uncovered = rank_rule, apply_to, uncovered
-        self.batchnorm, self.route, self.seed = batchnorm, route, seed
+        self.batchnorm, self.route = batchnorm, route
         self.include, self.exclude = include, exclude
         #: Sum up which share of the gradients is removed; costs one more product a layer and step.
         self.monitor = False
@@ -115,10 +109,13 @@ class GradientProjectionMemory(GradientTransform):
         self.experiences = 0
         #: Leak of each layer over the last finished experience (`ProjectedTraining.finish`).
         self.leak: dict[str, float] = {}
+        #: The same before it was taken back: more than rounding means that something changed weights after GPM did.
+        self.stray: dict[str, float] = {}
         #: Share of each layer's squared gradient norm that was removed over the last experience, if monitored.
         self.removed_share: dict[str, float] = {}
         self._memory = BasisMemory()
         self._protecting = False
+        self._known: frozenset[str] = frozenset()
         self._heads: tuple[str, ...] = ()
         self._report: Report | None = None
         self._training: ProjectedTraining | None = None
@@ -140,7 +137,7 @@ class GradientProjectionMemory(GradientTransform):
 
     def required_samples(self) -> int | None:
         """Return how many samples an experience must have at least, None for any number."""
-        return None if self.n_samples is None else max(self.n_samples)
+        return None if self.n_samples is None or not any(self.threshold) else max(self.n_samples)
 
     def draw(self, size: int) -> Tensor:
         """Draw the samples that the current experience is remembered by, in the order in which they are used.
@@ -170,7 +167,8 @@ class GradientProjectionMemory(GradientTransform):
         """
         self._heads = tuple(heads)
         coverage = self._cover(model)
-        frozen = [coverage.parameters[name] for name in coverage.frozen] if self._protecting else []
+        # A parameter that is new in this experience has nothing to protect yet.
+        frozen = [coverage.parameters[name] for name in coverage.frozen if name in self._known and self._protecting]
         self._training = ProjectedTraining(
             model,
             optimizer,
@@ -188,6 +186,11 @@ class GradientProjectionMemory(GradientTransform):
         """Return the context in which training steps are taken."""
         return nullcontext() if self._training is None else self._training.active()
 
+    def listen(self, listening: bool) -> None:
+        """Say whether the coming forward passes are those of training steps; see `GradientTransform.listen`."""
+        if self._training is not None:
+            self._training.listen(listening)
+
     def transform(self, *, trusted: bool = True) -> None:
         """Project the gradients; see `GradientTransform.transform`."""
         if self._training is not None:
@@ -202,15 +205,8 @@ class GradientProjectionMemory(GradientTransform):
         """End the training of an experience: measure leak and removed share, let go of the model."""
         if self._training is None:
             return
-        self.leak, before = self._training.finish()
-        worst = max(before, key=lambda name: before[name], default=None)
-        if worst is not None and before[worst] > STRAY:
-            warnings.warn(
-                f"layer {worst!r}: {100 * before[worst]:.1f} % of its change over the experience lay in the protected "
-                f"subspace and was taken back at its end; something changed gradients or weights after GPM did (with "
-                f"apply_to={self._training.apply_to!r}): use apply_to='update', or put that plugin before GPM",
-                stacklevel=2,
-            )
+        self.leak, self.stray = self._training.finish()
+        warn_of_stray(self.stray, self._training.apply_to)
         sums = {name: both.tolist() for name, both in self._training.removed.items()}
         self.removed_share = {name: part / whole if whole else 0.0 for name, (part, whole) in sums.items()}
         self._training = None
@@ -232,11 +228,11 @@ class GradientProjectionMemory(GradientTransform):
         """
         coverage = self._cover(model)
         units = coverage.units
-        limits = {unit.name: limit for unit, limit in zip(units, self._per_unit(self.n_samples, units), strict=True)}
+        limits = {unit.name: limit for unit, limit in zip(units, per_layer(self.n_samples, units), strict=True)}
         statistics = collect_rows(model, units, batches, limits=limits, forward=forward)
         thresholds = [
-            min(1.0, value + self.threshold_step * self.experiences) if value is not None else 0.0
-            for value in self._per_unit(self.threshold, units)
+            min(1.0, value + self.threshold_step * self.experiences) if value else 0.0  # 0 is off
+            for value in per_layer(self.threshold, units)
         ]
         grown = dict(self._memory)
         rule = self.rank_rule if self.experiences == 0 else "paper"
@@ -250,6 +246,7 @@ class GradientProjectionMemory(GradientTransform):
                 )
             grown[unit.name] = grow_basis(rows, self._memory[unit.name], threshold, rank_rule=rule)
         self._memory.replace(grown)
+        self._known = frozenset(coverage.parameters)
         self._protecting = self._protecting or any(threshold > 0 for threshold in thresholds)
         self.experiences += 1
         self._describe(model, coverage)
@@ -265,21 +262,18 @@ class GradientProjectionMemory(GradientTransform):
         return self._report
 
     def _cover(self, model: nn.Module) -> Coverage:
-        coverage = cover(model, include=self.include, exclude=self.exclude, heads=self._heads, uncovered=self.uncovered)
-        self._per_unit(self.threshold, coverage.units, "threshold")
-        self._per_unit(self.n_samples, coverage.units, "n_samples")
+        coverage = cover(
+            model,
+            include=self.include,
+            exclude=self.exclude,
+            heads=self._heads,
+            uncovered=self.uncovered,
+            keep=tuple(self._memory),
+        )
+        per_layer(self.threshold, coverage.units, "threshold")
+        per_layer(self.n_samples, coverage.units, "n_samples")
         self._memory.attach(coverage.units)
         return coverage
-
-    def _per_unit(self, values: tuple[Any, ...] | None, units: list[Unit], argument: str = "") -> list[Any]:
-        if values is None or len(values) == 1:
-            return [None if values is None else values[0]] * len(units)
-        if len(values) != len(units):
-            raise ConfigurationError(
-                f"{argument} has {len(values)} values and the model {len(units)} covered layers "
-                f"({', '.join(unit.name for unit in units)}): give one value, or one a layer"
-            )
-        return list(values)
 
     def _describe(self, model: nn.Module, coverage: Coverage) -> None:
         notes = statistics_notes(model, held=self.batchnorm == "freeze")
@@ -288,13 +282,19 @@ class GradientProjectionMemory(GradientTransform):
         self._report = projection_report(coverage, self._memory, notes)
 
     def _state(self) -> dict[str, Any]:
-        return {"experiences": self.experiences, "protecting": self._protecting, "bases": self._memory.state()}
+        return {
+            "experiences": self.experiences,
+            "protecting": self._protecting,
+            "known": sorted(self._known),
+            "bases": self._memory.state(),
+        }
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        for key, kind in (("experiences", int), ("protecting", bool), ("bases", dict)):
-            if not isinstance(state.get(key), kind):
+        for key, kind in (("experiences", int), ("protecting", bool), ("known", list), ("bases", dict)):
+            if not isinstance(state.get(key), kind) or (key == "experiences" and state[key] < 0):
                 raise StateError(
                     f"the state's {key!r} is {state.get(key)!r:.80}, expected a {kind.__name__}: it is damaged"
                 )
         self._memory.load(state["bases"])
         self.experiences, self._protecting = state["experiences"], state["protecting"]
+        self._known = frozenset(state["known"])

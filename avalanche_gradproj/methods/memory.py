@@ -88,6 +88,8 @@ class BasisMemory(Mapping[str, Basis]):
         """
         try:
             loaded = {str(name): Basis.from_blocks(blocks) for name, blocks in state.items()}
+            for name, basis in loaded.items():
+                _check_orthonormal(name, basis)
         except (AttributeError, IndexError, TypeError, RuntimeError) as error:
             raise StateError(
                 f"the state's bases are damaged ({error}): expected a dict of layers, tensors [d, r]"
@@ -101,3 +103,17 @@ class BasisMemory(Mapping[str, Basis]):
                     f"{len(basis.ranks)} block(s) of {basis.features} features"
                 )
         self._bases = loaded
+
+
+def _check_orthonormal(name: str, basis: Basis) -> None:
+    """Refuse columns that no basis can have.
+
+    Raises:
+        TypeError: naming the layer, turned into a `StateError` by the caller.
+    """
+    if not basis.columns.is_floating_point() or basis.rank > basis.features:
+        raise TypeError(f"layer {name!r} holds {basis.columns.dtype} {tuple(basis.columns.shape)}")
+    for columns in basis.per_block():
+        product = columns.double().T @ columns.double()
+        if not torch.allclose(product, torch.eye(len(product), dtype=torch.float64), atol=1e-3):
+            raise TypeError(f"the columns of layer {name!r} are not orthonormal")

@@ -14,28 +14,23 @@ At the end of an experience the same correction removes what rounding let throug
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from avalanche_gradproj.layers.inputs import ProjectedInputs, projected_inputs
 from avalanche_gradproj.layers.norm import held_statistics
 from avalanche_gradproj.layers.unit import ParameterSlice, Unit
 from avalanche_gradproj.linalg.projection import Projector
 from avalanche_gradproj.linalg.subspace import Basis
+from avalanche_gradproj.methods.optimizers import basis_of_movable, gradient_suffices, momentum_of, movable
 
-
-def gradient_suffices(optimizer: Optimizer | None) -> bool:
-    """Whether a step made of projected gradients stays in their subspace.
-
-    True for `torch.optim.SGD` itself (with any momentum, dampening, Nesterov) without weight decay: its step is a
-    linear combination of the gradients it was given. Weight decay adds the weight, elementwise rules (Adam and its
-    kin) leave every subspace, and of an unknown class nothing is known.
-    """
-    return type(optimizer) is SGD and all(group["weight_decay"] == 0 for group in optimizer.param_groups)
+#: Leak, before the correction at the end of an experience, that rounding cannot explain.
+STRAY = 1e-2
 
 
 class ProjectedTraining:
@@ -71,10 +66,17 @@ class ProjectedTraining:
     ) -> None:
         self._model = model
         if apply_to == "auto":
-            apply_to = "gradient" if gradient_suffices(optimizer) else "update"
+            matrices = [[part.parameter for part in unit.slices] for unit in units if bases[unit.name].rank > 0]
+            apply_to = "gradient" if gradient_suffices(optimizer, matrices) else "update"
         self.apply_to = apply_to
-        self._units = [unit for unit in units if bases[unit.name].rank > 0]
-        # A layer without a free direction cannot learn: no gradient is cheaper than a gradient of zeros.
+        # A layer of which nothing can move needs nothing.
+        self._units = [
+            unit
+            for unit in units
+            if bases[unit.name].rank > 0 and any(movable(optimizer, part.parameter) for part in unit.slices)
+        ]
+        bases = {unit.name: basis_of_movable(unit, bases[unit.name], optimizer) for unit in self._units}
+        # A layer without a free direction cannot learn: its gradient is zero, without a product.
         full = (
             [] if monitor or apply_to != "gradient" else [u for u in self._units if bases[u.name].full and u.is_whole]
         )
@@ -87,11 +89,15 @@ class ProjectedTraining:
             if (layer := ProjectedInputs(unit, self.projectors[unit.name], forced=route == "inputs")).worthwhile()
         }
         self._frozen = [parameter for parameter in frozen if parameter.requires_grad]
-        self._without_gradient = [*self._frozen, *(part.parameter for unit in full for part in unit.slices)]
-        self._learning = [unit for unit in self._units if unit not in full]
+        self._standing = [part.parameter for unit in full for part in unit.slices]
         owned = {part.name: part.parameter for unit in self._units for part in unit.slices}
         self._start = {name: parameter.detach().clone() for name, parameter in owned.items()}
         self._frozen_start = [parameter.detach().clone() for parameter in self._frozen]
+        self._plan = [
+            (unit, self._inputs.get(unit.name), self.projectors[unit.name], None if monitor else _plain_weight(unit))
+            for unit in self._units
+            if unit not in full
+        ]
         self._hold_statistics = hold_statistics
         #: Layer name -> sums over the steps of squared Frobenius norms, [removed part of the gradient, whole gradient],
         #: on the device. Cross terms between the layer's own gradient and other terms on its weight are left out.
@@ -103,6 +109,11 @@ class ProjectedTraining:
                 layer.monitor = self._input_monitor(name)
         if apply_to == "gradient" and optimizer is not None:
             self._project_momentum(optimizer)
+
+    def listen(self, listening: bool) -> None:
+        """Say whether the coming forward passes are those of training steps; others get their gradients whole."""
+        for layer in self._inputs.values():
+            layer.listening = listening
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -119,21 +130,26 @@ class ProjectedTraining:
 
         A parameter without a gradient is skipped by every optimizer of torch, also by momentum and weight decay.
         """
-        for parameter in self._without_gradient:
+        for parameter in self._frozen:
             parameter.grad = None
+        for parameter in self._standing:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
         if self.apply_to != "gradient" and not self._monitor:
             return
-        for unit in self._learning:
-            layer = self._inputs.get(unit.name)
+        for unit, layer, projector, plain in self._plan:
             formed = self._pending.pop(unit.name, None)
             if layer is not None and layer.is_projected() and trusted:
                 if formed is not None:
                     self._count(unit.name, formed)
                 continue
+            if plain is not None:  # the same as below, for a weight that is its layer's whole matrix
+                if plain.grad is not None:
+                    plain.grad = projector.remove(plain.grad)
+                continue
             gradient = unit.gradient()
             if gradient is None:
                 continue
-            projector = self.projectors[unit.name]
             if self._monitor:
                 sums = _squares(projector.inside(gradient), gradient)
                 # What was removed while the gradient was formed is orthogonal to what is left of it.
@@ -141,12 +157,12 @@ class ProjectedTraining:
             if self.apply_to == "gradient":
                 unit.write_gradient(projector.remove(gradient))
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """In update mode, take back the part of the step that lies in the basis, and frozen parameters' moves."""
         if self.apply_to == "update":
             self._return_to_subspace()
 
+    @torch.no_grad()
     def _return_to_subspace(self) -> None:
         for unit in self._units:
             start = self._started(unit)
@@ -161,9 +177,11 @@ class ProjectedTraining:
 
         Returns:
             Leak by layer name after and before the removal: ||dW M||_F / max(||dW||_F, 1e-3 ||W_start||_F), dW the
-            change of the weight over the experience.
+            change of the weight over the experience. Before it, layers in half precision are left out: what their
+            rounding lets through looks like a mistake.
         """
-        before = self._leak()
+        coarse = {unit.name for unit in self._units if unit.weight.parameter.element_size() < 4}
+        before = {name: value for name, value in self._leak().items() if name not in coarse}
         self._return_to_subspace()
         return self._leak(), before
 
@@ -187,9 +205,7 @@ class ProjectedTraining:
         """Project what the optimizer remembers of directions that were still allowed before."""
 
         def buffer(part: ParameterSlice) -> Tensor | None:
-            state = optimizer.state.get(part.parameter, {})
-            held: Tensor | None = state.get("momentum_buffer")
-            return held
+            return momentum_of(optimizer, part.parameter)
 
         for unit in self._units:
             momentum = unit.gather(buffer)
@@ -214,6 +230,30 @@ class ProjectedTraining:
             self._pending[name] = self._pending[name] + sums if name in self._pending else sums
 
         return monitor
+
+
+def warn_of_stray(stray: Mapping[str, float], apply_to: str) -> None:
+    """Warn where more than rounding had to be taken back at the end of an experience.
+
+    Args:
+        stray: layer name -> leak before the correction.
+        apply_to: what was projected.
+    """
+    worst = max(stray, key=lambda name: stray[name], default=None)
+    if worst is not None and stray[worst] > STRAY:
+        warnings.warn(
+            f"layer {worst!r}: {100 * stray[worst]:.1f} % of its change over the experience lay in the protected "
+            f"subspace and was taken back at its end; something changed gradients or weights after that "
+            f"(apply_to={apply_to!r}): use apply_to='update', or put that plugin first",
+            stacklevel=3,
+        )
+
+
+def _plain_weight(unit: Unit) -> nn.Parameter | None:
+    """Return the weight [out, features] that is all of the unit's matrix, None where there is more to it."""
+    weight = unit.weight.parameter
+    whole = unit.bias is None and unit.weight.is_whole and weight.shape == (unit.out, unit.features)
+    return weight if whole and weight.element_size() >= 4 else None
 
 
 def _squares(removed: Tensor, whole: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -107,7 +107,10 @@ def projection_report(coverage: Coverage, bases: Mapping[str, Basis], notes: Seq
         shape = tuple(parameter.shape)
         for unit in owners.get(name, ()):  # a packed projection has several owners
             basis = bases[unit.name]
-            rows.append(ReportRow(name, shape, "projected", "", unit.name, basis.ranks, basis.free_share))
+            row = ReportRow(name, shape, "projected", "", unit.name, basis.ranks, basis.free_share)
+            if not parameter.requires_grad:
+                row = replace(row, treatment="left alone", reason="takes no gradient")
+            rows.append(row)
         if name in coverage.frozen:
             rows.append(ReportRow(name, shape, "frozen", "no matrix layer, from the second experience on"))
         elif name in coverage.alone:
@@ -127,5 +130,7 @@ def statistics_notes(model: nn.Module, *, held: bool) -> list[str]:
         what = "held from the second experience on" if held else "left to drift"
         notes.append(f"running statistics of {len(tracked_norms(model))} normalisation layer(s): {what}")
     if untracked_norms(model):
-        notes.append(f"{len(untracked_norms(model))} normalisation layer(s) use batch statistics: nothing to hold")
+        notes.append(
+            f"{len(untracked_norms(model))} normalisation layer(s) keep no running statistics: nothing to hold"
+        )
     return notes

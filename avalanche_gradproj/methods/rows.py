@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avalanche_gradproj.errors import DataError, ModelError, NonFiniteError
+from avalanche_gradproj.errors import ConfigurationError, DataError, ModelError, NonFiniteError
 from avalanche_gradproj.layers.record import record, undisturbed
 from avalanche_gradproj.layers.unit import Unit
 from avalanche_gradproj.linalg.moments import RowStatistics
@@ -55,8 +55,12 @@ def collect_rows(
             statistics[unit.name].update(rows)
 
     with undisturbed(model), record(units, inputs=sink):
-        for batch in batches:
+        for given in batches:
+            batch = given
             size = len(batch if isinstance(batch, Tensor) else batch[0])
+            if enough is not None and len(finite) == 1 and seen + size > enough:
+                size = enough - seen
+                batch = _first(batch, size)
             if forward is None:
                 model(batch)
             else:
@@ -71,6 +75,22 @@ def collect_rows(
     return statistics
 
 
+def per_layer(values: tuple[Any, ...] | None, units: Sequence[Unit], argument: str = "") -> list[Any]:
+    """Return one value a layer, from one for all or one each.
+
+    Raises:
+        ConfigurationError: if there are several, and not one a layer.
+    """
+    if values is None or len(values) == 1:
+        return [None if values is None else values[0]] * len(units)
+    if len(values) != len(units):
+        raise ConfigurationError(
+            f"{argument} has {len(values)} values and the model {len(units)} covered layers "
+            f"({', '.join(unit.name for unit in units)}): give one value, or one a layer"
+        )
+    return list(values)
+
+
 def first_samples(unit: Unit, x: Tensor, size: int, take: int) -> Tensor:
     """Return the part of a layer's input that belongs to the first samples of a mini-batch.
 
@@ -83,14 +103,23 @@ def first_samples(unit: Unit, x: Tensor, size: int, take: int) -> Tensor:
     Raises:
         ModelError: if the input's leading dimension is no multiple of the number of samples.
     """
-    if unit.batch_dimension == 1:
-        return x.reshape(-1, size, x.shape[-1])[:, :take]
-    if x.shape[0] % size:
+    if unit.batch_dimension == 1 and x.dim() == 2 and x.shape[0] % size == 0:
+        x = x.view(-1, size, x.shape[-1])  # attention flattens [sequence, samples] before its output projection
+    if (unit.batch_dimension == 1 or x.shape[0] != size) and x.dim() > 2 and x.shape[1] == size:
+        return x[:, :take]
+    if unit.batch_dimension == 1 or x.shape[0] % size:
         raise ModelError(
             f"layer {unit.name!r}: its input has {x.shape[0]} leading entries for {size} samples, so that they cannot "
             "be told apart: give one n_samples for all layers instead of one a layer"
         )
     return x[: take * (x.shape[0] // size)]
+
+
+def _first(batch: Any, count: int) -> Any:
+    """Return the first samples of a mini-batch: of a tensor, or of every tensor in a tuple."""
+    if isinstance(batch, Tensor):
+        return batch[:count]
+    return [part[:count] if isinstance(part, Tensor) else part for part in batch]
 
 
 def _refuse_non_finite(unit: Unit, statistics: RowStatistics) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from avalanche.benchmarks.scenarios.online import OnlineCLExperience
 from avalanche.core import BaseSGDPlugin, SupervisedPlugin
-from avalanche.models import IncrementalClassifier, MultiHeadClassifier, avalanche_forward
+from avalanche.models import IncrementalClassifier, MultiHeadClassifier
+from avalanche.models.cosine_layer import CosineIncrementalClassifier
 from torch import nn
 
 from avalanche_gradproj.errors import ConfigurationError, DataError
@@ -16,7 +17,7 @@ from avalanche_gradproj.methods.base import GradientTransform
 from avalanche_gradproj.methods.report import Report
 
 #: Avalanche's task heads: they belong to one task, or grow with the classes.
-HEADS = (MultiHeadClassifier, IncrementalClassifier)
+HEADS = (MultiHeadClassifier, IncrementalClassifier, CosineIncrementalClassifier)
 
 
 def task_heads(model: nn.Module) -> list[str]:
@@ -73,9 +74,10 @@ class GradientTransformPlugin(SupervisedPlugin):
         needed = self.method.required_samples()
         size = len(_whole(strategy.experience).dataset)
         if needed is not None and size < needed:
+            argument = self.method.samples_argument
             raise DataError(
-                f"experience {strategy.experience.current_experience} has {size} samples and n_samples={needed} are "
-                f"to be drawn from it: give n_samples<={size}, or None for all of the data"
+                f"experience {strategy.experience.current_experience} has {size} samples and {argument}={needed} are "
+                f"to be drawn from it: give {argument}<={size}"
             )
         self.method.start(strategy.model, strategy.optimizer, heads=task_heads(strategy.model))
         self._trusted = not _changes_gradients_before(self, strategy.plugins)
@@ -83,6 +85,15 @@ class GradientTransformPlugin(SupervisedPlugin):
     def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Arrange for the coming epoch to run inside the method's context."""
         run_inside(strategy, self.method.active)
+        self.method.listen(False)
+
+    def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Attend to the forward pass of the training step, and to no other plugin's."""
+        self.method.listen(True)
+
+    def after_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Attend no more: the way back is laid."""
+        self.method.listen(False)
 
     def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Transform the gradients."""
@@ -102,13 +113,17 @@ class GradientTransformPlugin(SupervisedPlugin):
             self._pieces = 1 if experience.is_first_subexp else self._pieces + 1
             if not (experience.is_last_subexp or self._pieces == experience.sub_stream_length):
                 return
-        labelled = hasattr(experience, "task_labels")
+        held = strategy.mbatch
 
         def forward(model: nn.Module, batch: Any) -> Any:
-            return avalanche_forward(model, batch[0], batch[-1]) if labelled else model(batch[0])
+            strategy.mbatch = batch
+            return strategy.forward()  # the strategy's own, which may know more than the model's inputs
 
         dataset = _whole(experience).dataset.eval()
-        self.method.consolidate(strategy.model, self._batches(dataset, strategy.device), forward=forward)
+        try:
+            self.method.consolidate(strategy.model, self._batches(dataset, strategy.device), forward=forward)
+        finally:
+            strategy.mbatch = held
 
     def _batches(self, dataset: Any, device: torch.device) -> Iterator[list[Any]]:
         """Yield the samples that the method draws, collated, on the device."""

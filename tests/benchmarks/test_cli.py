@@ -46,6 +46,15 @@ BAD = {
     "compare digits-split nothing": ["unknown protocol 'nothing'"],
     "comparison digits-split": ["comparison"],
     "run digits-split --method gpm --set route=nowhere": ["route", "nowhere"],
+    "run digits-split --method gpm --set threshold=0.9,0.9,0.9,0.9": ["threshold has 4 values", "2 covered layers"],
+    "run digits-split --method gpm --set include=nothing": ["include", "'nothing'", "matches no layer"],
+    "compare digits-split --methods naive,gpm --set exclude=trunk,heads": [
+        "gpm on digits-split",
+        "no layer is covered",
+    ],
+    "run digits-split --method gpm --set n_samples=100000": ["n_samples=100000", "experiences of"],
+    "run digits-split --method gpm --set train_limit=20": ["n_samples=", "experiences of 20 samples"],
+    "run digits-split --method naive --seed 4294967296": ["seed 4294967296", "expected 0 to"],
 }
 
 

@@ -16,6 +16,9 @@ _BAD_GPM = [
     (lambda: GPMPlugin(threshold="0.9"), "threshold='0.9'"),
     (lambda: GPMPlugin(threshold=True), "threshold=True"),
     (lambda: GPMPlugin(threshold_step=-1), "threshold_step=-1"),
+    (lambda: GPMPlugin(threshold_step=float("nan")), "threshold_step=nan"),
+    (lambda: GPMPlugin(threshold_step=[0.1]), "threshold_step=[0.1]"),
+    (lambda: GPMPlugin(seed=10**17), "seed=100000000000000000"),
     (lambda: GPMPlugin(n_samples=0), "n_samples=0"),
     (lambda: GPMPlugin(n_samples=[10, 2.5]), "n_samples=[10, 2.5]"),
     (lambda: GPMPlugin(rank_rule="big"), "rank_rule='big'"),
@@ -34,9 +37,9 @@ def _gpm(**kwargs):
 
 
 CASES = [
-    MethodCase("gpm", _gpm(), neutral=_gpm(threshold=0, threshold_step=0), bad_arguments=_BAD_GPM),
-    MethodCase("gpm-heads", _gpm(), neutral=_gpm(threshold=0, threshold_step=0), task_incremental=True),
+    MethodCase("gpm", _gpm(), neutral=_gpm(threshold=0), bad_arguments=_BAD_GPM),
+    MethodCase("gpm-heads", _gpm(), neutral=_gpm(threshold=0), task_incremental=True),
     MethodCase("gpm-adam", _gpm(), optimizer=lambda p: torch.optim.Adam(p, lr=0.01)),
-    MethodCase("gpm-inputs", _gpm(route="inputs"), neutral=_gpm(threshold=0, threshold_step=0, route="inputs")),
+    MethodCase("gpm-inputs", _gpm(route="inputs"), neutral=_gpm(threshold=0, route="inputs")),
     MethodCase("gpm-track", _gpm(batchnorm="track", uncovered="train", rank_rule="official", n_samples=None)),
 ]

@@ -70,19 +70,18 @@ def test_a_layer_used_twice_is_recorded_twice(collect):
     )
 
 
-def test_a_frozen_bias_is_no_part_of_the_matrix():
+def test_what_takes_no_gradient_stays_part_of_the_matrix():
+    """The matrix is the same one whether its parameters are frozen now or not; what is frozen is never written."""
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
     (unit,) = units_of("fc", layer)
-    assert unit.bias is None
-    assert unit.features == 3
-    assert next(unit.rows(torch.randn(4, 3))).shape == (1, 4, 3)
-
-
-def test_a_frozen_weight_gives_no_unit():
-    layer = nn.Linear(3, 2)
+    assert unit.features == 4
+    before = layer.bias.clone()
+    unit.write_weights(torch.ones(1, 2, 4))
+    assert torch.equal(layer.weight, torch.ones(2, 3))
+    assert torch.equal(layer.bias, before)
     layer.weight.requires_grad_(False)
-    assert units_of("fc", layer) == []
+    assert len(units_of("fc", layer)) == 1
 
 
 def test_a_nameless_layer_has_plain_parameter_names():

@@ -70,3 +70,15 @@ def test_nested():
             pass
         assert not net[1].training
     assert net[1].training
+
+
+def test_statistics_stay_held_when_somebody_calls_train():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model(torch.randn(8, 3))
+    before = model[1].running_mean.clone()
+    with held_statistics(model):
+        model.train()
+        model(torch.randn(8, 3) + 5)
+    assert torch.equal(model[1].running_mean, before)
+    assert model[1].training
+    assert not model[1]._forward_pre_hooks

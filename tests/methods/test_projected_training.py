@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from avalanche_gradproj.methods.gpm import GradientProjectionMemory
-from avalanche_gradproj.methods.projected import gradient_suffices
+from avalanche_gradproj.methods.optimizers import gradient_suffices
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
