@@ -10,8 +10,8 @@ from avalanche_gradproj.errors import (
     NonFiniteError,
     StateError,
 )
-from avalanche_gradproj.plugins import GPMPlugin, InMemoryDataPlugin
-from avalanche_gradproj.strategies import GPM
+from avalanche_gradproj.plugins import GPMPlugin, InMemoryDataPlugin, OGDPlugin
+from avalanche_gradproj.strategies import GPM, OGD
 
 try:
     __version__ = version("avalanche-gradproj")
@@ -20,6 +20,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 __all__ = [
     "GPM",
+    "OGD",
     "ConfigurationError",
     "DataError",
     "GPMPlugin",
@@ -27,5 +28,6 @@ __all__ = [
     "InMemoryDataPlugin",
     "ModelError",
     "NonFiniteError",
+    "OGDPlugin",
     "StateError",
 ]

@@ -13,16 +13,14 @@ from typing import Any
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 
-from avalanche_gradproj.methods.gpm import GradientProjectionMemory
 from avalanche_gradproj.plugins.base import GradientTransformPlugin
 
-#: Layer name -> value, read from a method after an experience.
-Reading = Callable[[GradientProjectionMemory], Mapping[str, float]]
+#: Layer name -> value, read from a method after an experience; empty where the method does not have it.
+Reading = Callable[[Any], Mapping[str, float]]
 
 
-def _cores(strategy: Any) -> list[GradientProjectionMemory]:
-    plugins = [plugin for plugin in strategy.plugins if isinstance(plugin, GradientTransformPlugin)]
-    return [plugin.method for plugin in plugins if isinstance(plugin.method, GradientProjectionMemory)]
+def _cores(strategy: Any) -> list[Any]:
+    return [plugin.method for plugin in strategy.plugins if isinstance(plugin, GradientTransformPlugin)]
 
 
 class LayerMetric(PluginMetric[dict[str, float]]):
@@ -73,27 +71,19 @@ class LayerMetric(PluginMetric[dict[str, float]]):
         return self._name
 
 
-def _ranks(core: GradientProjectionMemory) -> dict[str, float]:
-    return {name: float(sum(block.shape[1] for block in blocks)) for name, blocks in core.bases.items()}
+def _ranks(core: Any) -> dict[str, float]:
+    bases = getattr(core, "bases", {})
+    return {name: float(sum(block.shape[1] for block in blocks)) for name, blocks in bases.items()}
 
 
-def _free_shares(core: GradientProjectionMemory) -> dict[str, float]:
-    return core.free_shares
+def _attribute(name: str) -> Reading:
+    def reading(core: Any) -> Mapping[str, float]:
+        return getattr(core, name, {})
+
+    return reading
 
 
-def _removed_shares(core: GradientProjectionMemory) -> dict[str, float]:
-    return core.removed_share
-
-
-def _leak(core: GradientProjectionMemory) -> dict[str, float]:
-    return core.leak
-
-
-def _stray(core: GradientProjectionMemory) -> dict[str, float]:
-    return core.stray
-
-
-def _bytes(core: GradientProjectionMemory) -> dict[str, float]:
+def _bytes(core: Any) -> dict[str, float]:
     return {"all": float(core.bytes_held)}
 
 
@@ -104,7 +94,7 @@ def rank_metrics() -> LayerMetric:
 
 def free_share_metrics() -> LayerMetric:
     """Share of each layer's input dimensions that is still free, between 0 and 1."""
-    return LayerMetric("FreeShare", _free_shares)
+    return LayerMetric("FreeShare", _attribute("free_shares"))
 
 
 def removed_share_metrics() -> LayerMetric:
@@ -112,17 +102,17 @@ def removed_share_metrics() -> LayerMetric:
 
     It is what projecting gradients removes; where steps are projected (Adam, say) it says the same of the gradients.
     """
-    return LayerMetric("RemovedShare", _removed_shares, monitor=True)
+    return LayerMetric("RemovedShare", _attribute("removed_share"), monitor=True)
 
 
 def leak_metrics() -> LayerMetric:
     """Share of each layer's change over the experience that lies in its basis: 0 but for rounding."""
-    return LayerMetric("Leak", _leak)
+    return LayerMetric("Leak", _attribute("leak"))
 
 
 def stray_metrics() -> LayerMetric:
     """The leak before it was taken back at the end: more than rounding means that something undid the projection."""
-    return LayerMetric("Stray", _stray)
+    return LayerMetric("Stray", _attribute("stray"))
 
 
 def memory_metrics() -> LayerMetric:

@@ -9,6 +9,7 @@ from typing import Any
 from avalanche.training.templates import SupervisedTemplate
 
 from avalanche_gradproj.plugins.gpm import GPMPlugin
+from avalanche_gradproj.plugins.ogd import OGDPlugin
 
 
 def strategy_constructor(plugin_class: Callable[..., Any]) -> Callable[..., None]:
@@ -54,3 +55,14 @@ class GPM(SupervisedTemplate):
 
     plugin: GPMPlugin
     __init__ = strategy_constructor(GPMPlugin)
+
+
+class OGD(SupervisedTemplate):
+    """Orthogonal Gradient Descent (arXiv 1910.07104) as a strategy.
+
+    Takes the arguments of Avalanche's `SupervisedTemplate` and those of `OGDPlugin`; `strategy.plugin` is the plugin.
+    `eval_mb_size=None` means `train_mb_size`.
+    """
+
+    plugin: OGDPlugin
+    __init__ = strategy_constructor(OGDPlugin)

@@ -67,25 +67,25 @@ def cover(
             uncovered parameter where `uncovered="raise"`.
     """
     choice("uncovered", uncovered, UNCOVERED)
-    _refuse_lazy(model)
+    refuse_lazy(model)
     heads = tuple(heads)
     parameters = dict(model.named_parameters())
-    _check_patterns(model, parameters, include, "include")
-    _check_patterns(model, parameters, exclude, "exclude")
+    check_patterns(model, parameters, include, "include")
+    check_patterns(model, parameters, exclude, "exclude")
     units: list[Unit] = []
     alone: dict[str, str] = {}
     projections: set[str] = set()  # output projections of attention, submodules that their layer computes itself
     for name, module in model.named_modules():
-        if name in projections or _matches(name, exclude):
+        if name in projections or matches(name, exclude):
             continue
         in_head = any(name == head or name.startswith(head + ".") for head in heads)
-        within = include is None or _matches(name, include)
+        within = include is None or matches(name, include)
         if in_head and (include is None or not within):
             alone.update({f"{name}.{own}".lstrip("."): "task head" for own in module._parameters})
             continue
         if isinstance(module, nn.MultiheadAttention):
             projections.add(f"{name}.out_proj".lstrip("."))
-        elif not within and not any(_matches(f"{name}.{own}", include) for own in module._parameters):
+        elif not within and not any(matches(f"{name}.{own}", include) for own in module._parameters):
             alone.update({f"{name}.{own}".lstrip("."): "not in include" for own in module._parameters})
             continue
         for unit in units_of(name, module):
@@ -111,9 +111,9 @@ def _covers(unit: Unit, patterns: Sequence[str] | None, argument: str) -> bool:
     Raises:
         ConfigurationError: if they match some of its parameters and not all: a matrix is covered whole or not at all.
     """
-    if _matches(unit.name, patterns):
+    if matches(unit.name, patterns):
         return True
-    matched = [part.name for part in unit.slices if _matches(part.name, patterns)]
+    matched = [part.name for part in unit.slices if matches(part.name, patterns)]
     if matched and len(matched) < len(unit.slices):
         raise ConfigurationError(
             f"{argument}: {list(patterns or ())!r} matches {matched[0]!r} and not all of layer {unit.name!r}, which is "
@@ -143,7 +143,7 @@ def _treat(
             coverage.alone[name] = alone[name]
         elif not parameter.requires_grad:
             coverage.alone[name] = "takes no gradient"
-        elif _matches(name, exclude):
+        elif matches(name, exclude):
             coverage.alone[name] = "excluded"
         elif uncovered == "raise":
             raise ModelError(
@@ -157,7 +157,7 @@ def _treat(
     return coverage
 
 
-def _matches(name: str, patterns: Sequence[str] | None) -> bool:
+def matches(name: str, patterns: Sequence[str] | None) -> bool:
     """Whether a name, or that of a module that holds it, matches one of the patterns."""
     if not patterns:
         return False
@@ -166,9 +166,14 @@ def _matches(name: str, patterns: Sequence[str] | None) -> bool:
     return any(fnmatchcase(ancestor, pattern) for pattern in patterns for ancestor in ancestors)
 
 
-def _check_patterns(
+def check_patterns(
     model: nn.Module, parameters: dict[str, nn.Parameter], patterns: Sequence[str] | None, argument: str
 ) -> None:
+    """Check the patterns of one argument.
+
+    Raises:
+        ConfigurationError: for one string instead of a list, or a pattern that matches no layer and no parameter.
+    """
     if isinstance(patterns, str):
         raise ConfigurationError(f"{argument}={patterns!r} is one string: give a list of patterns, [{patterns!r}]")
     if not all(isinstance(pattern, str) for pattern in patterns or ()):
@@ -178,7 +183,7 @@ def _check_patterns(
         if isinstance(module, nn.MultiheadAttention):
             names += [f"{name}.{part}_proj" for part in ("q", "k", "v")]
     for pattern in patterns or ():
-        if not any(_matches(name, [pattern]) for name in names):
+        if not any(matches(name, [pattern]) for name in names):
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
             raise ConfigurationError(
                 f"{argument}: the pattern {pattern!r} matches no layer and no parameter; the model has, among "
@@ -186,7 +191,12 @@ def _check_patterns(
             )
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def refuse_lazy(model: nn.Module) -> None:
+    """Refuse parameters without a shape.
+
+    Raises:
+        ModelError: naming the parameter.
+    """
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"parameter {name!r} is lazy, its shape is unknown: run one batch through the model first")

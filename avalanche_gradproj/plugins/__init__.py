@@ -2,5 +2,6 @@
 
 from avalanche_gradproj.plugins.gpm import GPMPlugin
 from avalanche_gradproj.plugins.in_memory import InMemoryDataPlugin
+from avalanche_gradproj.plugins.ogd import OGDPlugin
 
-__all__ = ["GPMPlugin", "InMemoryDataPlugin"]
+__all__ = ["GPMPlugin", "InMemoryDataPlugin", "OGDPlugin"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from avalanche_gradproj import GPMPlugin
+from avalanche_gradproj import GPMPlugin, OGDPlugin
 from avalanche_gradproj.testing import MethodCase
 
 _BAD_GPM = [
@@ -36,10 +36,33 @@ def _gpm(**kwargs):
     return lambda: GPMPlugin(**settings)
 
 
+_BAD_OGD = [
+    (lambda: OGDPlugin(n_gradients=-1), "n_gradients=-1"),
+    (lambda: OGDPlugin(n_gradients=2.5), "n_gradients=2.5"),
+    (lambda: OGDPlugin(n_gradients=True), "n_gradients=True"),
+    (lambda: OGDPlugin(target="loss"), "target='loss'"),
+    (lambda: OGDPlugin(max_bytes=0), "max_bytes=0"),
+    (lambda: OGDPlugin(max_bytes="1GB"), "max_bytes='1GB'"),
+    (lambda: OGDPlugin(apply_to="weights"), "apply_to='weights'"),
+    (lambda: OGDPlugin(batchnorm="thaw"), "batchnorm='thaw'"),
+    (lambda: OGDPlugin(seed=1.5), "seed=1.5"),
+    (lambda: OGDPlugin(record_batch_size=0), "record_batch_size=0"),
+]
+
+
+def _ogd(**kwargs):
+    settings = {"n_gradients": 40, **kwargs}
+    return lambda: OGDPlugin(**settings)
+
+
 CASES = [
     MethodCase("gpm", _gpm(), neutral=_gpm(threshold=0), bad_arguments=_BAD_GPM),
     MethodCase("gpm-heads", _gpm(), neutral=_gpm(threshold=0), task_incremental=True),
     MethodCase("gpm-adam", _gpm(), optimizer=lambda p: torch.optim.Adam(p, lr=0.01)),
     MethodCase("gpm-inputs", _gpm(route="inputs"), neutral=_gpm(threshold=0, route="inputs")),
     MethodCase("gpm-track", _gpm(batchnorm="track", uncovered="train", rank_rule="official", n_samples=None)),
+    MethodCase("ogd", _ogd(), neutral=_ogd(n_gradients=0), bad_arguments=_BAD_OGD),
+    MethodCase("ogd-heads", _ogd(), neutral=_ogd(n_gradients=0), task_incremental=True),
+    MethodCase("ogd-adam", _ogd(), optimizer=lambda p: torch.optim.Adam(p, lr=0.01)),
+    MethodCase("ogd-all", _ogd(target="all", batchnorm="track", apply_to="update")),
 ]
