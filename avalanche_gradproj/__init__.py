@@ -10,8 +10,8 @@ from avalanche_gradproj.errors import (
     NonFiniteError,
     StateError,
 )
-from avalanche_gradproj.plugins import GPMPlugin, InMemoryDataPlugin, OGDPlugin
-from avalanche_gradproj.strategies import GPM, OGD
+from avalanche_gradproj.plugins import GPMPlugin, InMemoryDataPlugin, LOGDPlugin, OGDPlugin
+from avalanche_gradproj.strategies import GPM, LOGD, OGD
 
 try:
     __version__ = version("avalanche-gradproj")
@@ -20,12 +20,14 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 __all__ = [
     "GPM",
+    "LOGD",
     "OGD",
     "ConfigurationError",
     "DataError",
     "GPMPlugin",
     "GradProjError",
     "InMemoryDataPlugin",
+    "LOGDPlugin",
     "ModelError",
     "NonFiniteError",
     "OGDPlugin",

@@ -9,6 +9,7 @@ from typing import Any
 from avalanche.training.templates import SupervisedTemplate
 
 from avalanche_gradproj.plugins.gpm import GPMPlugin
+from avalanche_gradproj.plugins.logd import LOGDPlugin
 from avalanche_gradproj.plugins.ogd import OGDPlugin
 
 
@@ -55,6 +56,17 @@ class GPM(SupervisedTemplate):
 
     plugin: GPMPlugin
     __init__ = strategy_constructor(GPMPlugin)
+
+
+class LOGD(SupervisedTemplate):
+    """Layerwise Optimization by Gradient Decomposition (arXiv 2105.07561) as a strategy.
+
+    Takes the arguments of Avalanche's `SupervisedTemplate` and those of `LOGDPlugin`; `strategy.plugin` is the plugin.
+    `eval_mb_size=None` means `train_mb_size`.
+    """
+
+    plugin: LOGDPlugin
+    __init__ = strategy_constructor(LOGDPlugin)
 
 
 class OGD(SupervisedTemplate):

@@ -193,7 +193,7 @@ def basis_update(device: torch.device) -> list[Timing]:
         for unit in units:
             grow_basis(rows[unit.name], bases[unit.name], 0.97)
 
-    return in_turn({"GPM, second moments": streaming, "explicit patches, two SVDs": explicit}, repeats=3, warmup=1)
+    return in_turn({"GPM, second moments": streaming, "explicit patches, two SVDs": explicit}, repeats=7, warmup=1)
 
 
 def table(title: str, timings: list[Timing]) -> Table:

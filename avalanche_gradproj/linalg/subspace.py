@@ -157,7 +157,8 @@ def _append(basis: Basis, directions: Tensor, added: list[int]) -> Basis:
     for _ in range(2):
         # Where little energy is left the decomposition leaves a trace of the old columns: once is not enough.
         fresh = fresh - old @ (old.transpose(1, 2) @ fresh)
-        fresh = torch.linalg.qr(fresh).Q
+        fresh = fresh / fresh.norm(dim=1, keepdim=True).clamp_min(torch.finfo(fresh.dtype).tiny)
+    fresh = torch.linalg.qr(fresh).Q
     fresh = fresh.to(basis.columns.dtype).to(basis.columns.device)
     ranks = tuple(rank + count for rank, count in zip(basis.ranks, added, strict=True))
     columns = basis.columns.new_zeros(len(ranks), basis.features, max(ranks))

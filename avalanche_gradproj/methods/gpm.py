@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,7 +18,7 @@ from avalanche_gradproj.methods.base import Forward, GradientTransform
 from avalanche_gradproj.methods.memory import BasisMemory
 from avalanche_gradproj.methods.projected import ProjectedTraining, warn_of_stray
 from avalanche_gradproj.methods.report import Report, projection_report, statistics_notes
-from avalanche_gradproj.methods.rows import collect_rows, per_layer
+from avalanche_gradproj.methods.rows import collect_rows, per_layer, warn_of_unseen
 
 APPLY_TO = ("auto", "gradient", "update")
 BATCHNORM = ("freeze", "track")
@@ -228,6 +227,9 @@ class GradientProjectionMemory(GradientTransform):
         """
         coverage = self._cover(model)
         units = coverage.units
+        if not any(self.threshold):  # off: nothing to learn
+            self.experiences += 1
+            return self._describe(model, coverage)
         limits = {unit.name: limit for unit, limit in zip(units, per_layer(self.n_samples, units), strict=True)}
         statistics = collect_rows(model, units, batches, limits=limits, forward=forward)
         thresholds = [
@@ -238,12 +240,7 @@ class GradientProjectionMemory(GradientTransform):
         rule = self.rank_rule if self.experiences == 0 else "paper"
         for unit, threshold in zip(units, thresholds, strict=True):
             rows = statistics[unit.name]
-            if rows.count == 0 and unit.weight.parameter.grad is not None:
-                warnings.warn(
-                    f"layer {unit.name!r} was trained but never called while its inputs were recorded (it is used in "
-                    "training mode alone, or its weight is used outside of it): what it learned is not protected",
-                    stacklevel=2,
-                )
+            warn_of_unseen(unit, rows)
             grown[unit.name] = grow_basis(rows, self._memory[unit.name], threshold, rank_rule=rule)
         self._memory.replace(grown)
         self._known = frozenset(coverage.parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -113,6 +114,16 @@ def first_samples(unit: Unit, x: Tensor, size: int, take: int) -> Tensor:
             "be told apart: give one n_samples for all layers instead of one a layer"
         )
     return x[: take * (x.shape[0] // size)]
+
+
+def warn_of_unseen(unit: Unit, rows: RowStatistics) -> None:
+    """Warn of a layer that was trained but never called while its inputs were recorded."""
+    if rows.count == 0 and unit.weight.parameter.grad is not None:
+        warnings.warn(
+            f"layer {unit.name!r} was trained but never called while its inputs were recorded (it is used in training "
+            "mode alone, or its weight is used outside of it): what it learned is not protected",
+            stacklevel=3,
+        )
 
 
 def _first(batch: Any, count: int) -> Any:

@@ -2,6 +2,7 @@
 
 from avalanche_gradproj.plugins.gpm import GPMPlugin
 from avalanche_gradproj.plugins.in_memory import InMemoryDataPlugin
+from avalanche_gradproj.plugins.logd import LOGDPlugin
 from avalanche_gradproj.plugins.ogd import OGDPlugin
 
-__all__ = ["GPMPlugin", "InMemoryDataPlugin", "OGDPlugin"]
+__all__ = ["GPMPlugin", "InMemoryDataPlugin", "LOGDPlugin", "OGDPlugin"]

@@ -34,6 +34,8 @@ class MethodCase:
         optimizer: makes the optimizer; default SGD with momentum.
         bad_arguments: (a call that must raise, what its message must name) pairs.
         task_incremental: whether the method needs task labels and one head a task.
+        looks_back: whether the method runs the model on old samples within a step: Avalanche's multi-head models
+            then look at task labels, which waits for the device and is not the method's doing.
     """
 
     name: str
@@ -44,6 +46,7 @@ class MethodCase:
     )
     bad_arguments: Sequence[tuple[Callable[[], Any], str]] = ()
     task_incremental: bool = False
+    looks_back: bool = False
 
 
 class Convolutional(nn.Module):

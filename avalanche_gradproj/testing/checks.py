@@ -235,11 +235,14 @@ def check_no_host_round_trip(case: MethodCase) -> None:
 
         return run
 
-    # Avalanche's multi-head models look at the task labels in their forward pass, Adam at its step count: not the
-    # method's doing.
+    # Avalanche's multi-head models look at the task labels, and select by them, forwards and backwards; Adam looks at
+    # its step count: not the method's doing.
+    own = ["before_forward", "before_backward", "after_backward", "before_update", "after_update"]
+    if case.task_incremental and case.looks_back:
+        own.remove("after_backward")
     for owner, names in (
-        (learner, ("backward",) if case.task_incremental else ("forward", "backward")),
-        (plugin, ("before_forward", "before_backward", "after_backward", "before_update", "after_update")),
+        (learner, () if case.task_incremental else ("forward", "backward")),
+        (plugin, own),
     ):
         for name in names:
             setattr(owner, name, guarded(getattr(owner, name)))

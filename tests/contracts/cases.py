@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from avalanche_gradproj import GPMPlugin, OGDPlugin
+from avalanche_gradproj import GPMPlugin, LOGDPlugin, OGDPlugin
 from avalanche_gradproj.testing import MethodCase
 
 _BAD_GPM = [
@@ -55,6 +55,22 @@ def _ogd(**kwargs):
     return lambda: OGDPlugin(**settings)
 
 
+_BAD_LOGD = [
+    (lambda: LOGDPlugin(-1), "patterns_per_exp=-1"),
+    (lambda: LOGDPlugin(n_components=0), "n_components=0"),
+    (lambda: LOGDPlugin(variant="both"), "variant='both'"),
+    (lambda: LOGDPlugin(margin=-1.0), "margin=-1.0"),
+    (lambda: LOGDPlugin(blocks=0), "blocks=0"),
+    (lambda: LOGDPlugin(selection="best"), "selection='best'"),
+    (lambda: LOGDPlugin(memory_device="nowhere"), "memory_device='nowhere'"),
+    (lambda: LOGDPlugin(seed=None), "seed=None"),
+]
+
+
+def _logd(*args, **kwargs):
+    return lambda: LOGDPlugin(*args, **kwargs)
+
+
 CASES = [
     MethodCase("gpm", _gpm(), neutral=_gpm(threshold=0), bad_arguments=_BAD_GPM),
     MethodCase("gpm-heads", _gpm(), neutral=_gpm(threshold=0), task_incremental=True),
@@ -65,4 +81,17 @@ CASES = [
     MethodCase("ogd-heads", _ogd(), neutral=_ogd(n_gradients=0), task_incremental=True),
     MethodCase("ogd-adam", _ogd(), optimizer=lambda p: torch.optim.Adam(p, lr=0.01)),
     MethodCase("ogd-all", _ogd(target="all", batchnorm="track", apply_to="update")),
+    MethodCase("logd", _logd(40), neutral=_logd(0), bad_arguments=_BAD_LOGD),
+    MethodCase(
+        "logd-heads",
+        _logd(40, 3, variant="official", blocks=5),
+        neutral=_logd(0),
+        task_incremental=True,
+        looks_back=True,
+    ),
+    MethodCase(
+        "logd-adam",
+        _logd(40, 1, selection="last", blocks="network"),
+        optimizer=lambda p: torch.optim.Adam(p, lr=0.01),
+    ),
 ]

@@ -26,7 +26,7 @@ from torch.utils.data import TensorDataset
 
 from avalanche_gradproj import GPM, DataError, GPMPlugin, InMemoryDataPlugin, ModelError
 from avalanche_gradproj.metrics import projection_metrics
-from avalanche_gradproj.testing import MethodCase, leftovers, no_host_round_trips, strategy, stream
+from avalanche_gradproj.testing import HostRoundTripError, MethodCase, leftovers, no_host_round_trips, strategy, stream
 
 CASE = MethodCase("gpm", lambda: GPMPlugin(threshold=0.9, n_samples=40))
 HEADS = MethodCase("gpm", lambda: GPMPlugin(threshold=0.9, n_samples=40), task_incremental=True)
@@ -312,6 +312,21 @@ def test_the_strategy_checks_its_arguments():
     assert "eval_every" in names
 
 
-def test_no_host_round_trip_guard_can_fail():
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), no_host_round_trips():
-        torch.ones(3).sum().item()
+@pytest.mark.parametrize(
+    "fetch",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).all()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.unique(),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+    ],
+)
+def test_the_guard_against_host_round_trips_can_fail(fetch):
+    with pytest.raises(HostRoundTripError), no_host_round_trips():
+        fetch(torch.ones(3))
+    with no_host_round_trips():
+        torch.where(torch.ones(3) > 0, 1.0, 0.0).cumsum(0)
