@@ -22,7 +22,7 @@ class GPMPlugin(GradientTransformPlugin):
     `include` and `exclude` override both. `report()` lists every parameter and its treatment.
 
     Memory: 4 r d bytes a layer between experiences (r the rank, d the inputs); during training besides a copy of the
-    covered weights and at most 4 d^2 bytes a layer. `method.monitor = True`, or the metric that needs it, sums up the
+    covered weights and the constants of the routes taken (docs/gpm.md). `method.monitor = True`, or the metric that needs it, sums up the
     removed share of the gradients.
 
     Args:
