@@ -86,7 +86,8 @@ def watched_projections(units: list[Unit], on_call: OnCall) -> Iterator[None]:
         for unit in units:
             columns = _columns(unit, weight)
             if columns is not None:
-                on_call(unit, input, output, columns)
+                replacement = on_call(unit, input, output, columns)
+                output = output if replacement is None else replacement
         return output
 
     F.linear = watched

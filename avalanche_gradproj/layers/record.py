@@ -49,9 +49,9 @@ def watch(units: Iterable[Unit], on_call: OnCall) -> Iterator[None]:
         yield
 
 
-def _hook(unit: Unit, on_call: OnCall) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        on_call(unit, args[0] if args else next(iter(kwargs.values())), output, slice(None))
+def _hook(unit: Unit, on_call: OnCall) -> Callable[..., Tensor | None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        return on_call(unit, args[0] if args else next(iter(kwargs.values())), output, slice(None))
 
     return hook
 
@@ -89,17 +89,21 @@ def record(
         gradients: receives each gradient at a unit's output, detached.
     """
 
-    def on_call(unit: Unit, x: Tensor, output: Tensor, columns: slice) -> None:
+    def on_call(unit: Unit, x: Tensor, output: Tensor, columns: slice) -> Tensor | None:
         if inputs is not None:
             inputs(unit, x.detach())
         if gradients is not None and output.requires_grad:
+            # A view that is overwritten in place loses its hooks in some versions of torch.
+            replacement = output.clone() if output._is_view() else output
             sink = gradients
 
             def hand_over(gradient: Tensor) -> None:
                 own = gradient if columns == slice(None) else gradient[..., columns]
                 sink(unit, own.detach())
 
-            output.register_hook(hand_over)
+            replacement.register_hook(hand_over)
+            return replacement
+        return None
 
     with watch(units, on_call):
         yield

@@ -156,8 +156,9 @@ class Unit:
             self.write(matrix, _gradient_of)
 
 
-#: `on_call(unit, input, output, columns)`: a unit mapped `input` to the columns `columns` of `output`.
-OnCall = Callable[[Unit, Tensor, Tensor, slice], None]
+#: `on_call(unit, input, output, columns)`: a unit mapped `input` to the columns `columns` of `output`; what it returns,
+#: if anything, takes the output's place.
+OnCall = Callable[[Unit, Tensor, Tensor, slice], Tensor | None]
 
 
 def _gradient_of(part: ParameterSlice) -> Tensor:

@@ -37,7 +37,7 @@ class ProjectedTraining:
     """One experience of training with projected steps.
 
     Memory: a copy of the projected and the frozen parameters (`W_start`), and per layer the constants of its route
-    (at most features^2 numbers).
+    (up to 3 features^2 numbers, twice that where they are laid out for oneDNN).
 
     Args:
         model: the model in training.

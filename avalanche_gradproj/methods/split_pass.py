@@ -67,9 +67,12 @@ class SplitPass:
         """
         calls: list[tuple[Unit, Tensor, GradientEdge, slice]] = []
 
-        def on_call(unit: Unit, x: Tensor, output: Tensor, columns: slice) -> None:
+        def on_call(unit: Unit, x: Tensor, output: Tensor, columns: slice) -> Tensor:
+            # A view that is overwritten in place gets another history in some versions of torch.
+            output = output.clone() if output._is_view() else output
             # The edge, not the tensor: an activation in place after the layer would become part of the tensor.
             calls.append((unit, x.detach(), get_gradient_edge(output), columns))
+            return output
 
         size = len(batch[0])
         with torch.enable_grad():

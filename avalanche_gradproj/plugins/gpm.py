@@ -22,8 +22,8 @@ class GPMPlugin(GradientTransformPlugin):
     `include` and `exclude` override both. `report()` lists every parameter and its treatment.
 
     Memory: 4 r d bytes a layer between experiences (r the rank, d the inputs); during training besides a copy of the
-    covered weights and the constants of the routes taken (docs/gpm.md). `method.monitor = True`, or the metric that needs it, sums up the
-    removed share of the gradients.
+    covered weights and the constants of the routes taken (docs/gpm.md). `method.monitor = True`, or the metric that
+    needs it, sums up the removed share of the gradients.
 
     Args:
         threshold: share of the energy to be explained, in [0, 1]; one for all layers or one a covered layer in the
