@@ -48,6 +48,31 @@ def test_a_strategy_with_a_forward_of_its_own_is_recorded_through_it():
     assert set(plugin.bases) == {"body", "out"}
 
 
+@pytest.mark.parametrize("moment", ["before_training_iteration", "before_backward", "after_update"])
+def test_passes_of_other_plugins_get_whole_gradients(moment):
+    """GEM, MIR and their like run the model themselves within an epoch: their gradients are not GPM's to project."""
+    shares = []
+
+    class Looks(Naive.PLUGIN_CLASS):
+        pass
+
+    def look(self, strategy, **kwargs):
+        if strategy.clock.train_exp_counter == 1:
+            hidden = strategy.model.hidden
+            loss = strategy.model(strategy.mb_x).square().sum()
+            weight, bias = torch.autograd.grad(loss, [hidden.weight, hidden.bias])
+            gradient, (basis,) = torch.cat([weight, bias[:, None]], 1), plugin.bases["hidden"]
+            shares.append(float((gradient @ basis).norm() / gradient.norm()))
+
+    setattr(Looks, moment, look)
+    plugin = GPMPlugin(threshold=0.9, n_samples=40, route="inputs")
+    learner = strategy(CASE, [Looks(), plugin])
+    for experience in stream().train_stream[:2]:
+        learner.train(experience)
+    assert len(shares) == 12
+    assert min(shares) > 0.01
+
+
 def test_heads_that_are_known():
     model = nn.ModuleDict({"a": IncrementalClassifier(3), "b": CosineIncrementalClassifier(3, 2), "c": nn.Linear(2, 2)})
     assert task_heads(model) == ["a", "b"]
