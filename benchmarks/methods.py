@@ -1,74 +1,27 @@
 """The methods that can be compared: one table from a name to its settings and its plugins.
 
-Each method is a record: what it is, the type of its settings, and a function that makes its Avalanche
-plugins. A protocol holds the values of the settings; adding a method means adding a record here and values
-there.
+Each method is a record: what it is, the type of its settings (`method_settings.py`), and a function that makes
+its Avalanche plugins. A protocol holds the values of the settings; adding a method means adding a record here
+and values there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from benchmarks.settings import setting, unknown
-
-
-@dataclass(frozen=True)
-class NoSettings:
-    """For methods without hyper-parameters."""
-
-
-@dataclass(frozen=True)
-class EwcSettings:
-    """Elastic weight consolidation, as Avalanche has it (one penalty for each earlier experience).
-
-    Attributes:
-        ewc_lambda: weight of the penalty.
-    """
-
-    ewc_lambda: float = setting(1.0, minimum=0)
-
-
-@dataclass(frozen=True)
-class ReplaySettings:
-    """Experience replay, as Avalanche has it (every batch doubled by as many samples of the memory).
-
-    Attributes:
-        mem_size: samples in the memory, all experiences together.
-    """
-
-    mem_size: int = setting(200, minimum=1)
-
-
-@dataclass(frozen=True)
-class GpmSettings:
-    """Gradient projection memory.
-
-    Attributes:
-        threshold: share of the activations' energy that a layer's basis holds; one value, or one for each
-            layer.
-        threshold_step: what each experience adds to the threshold.
-        n_samples: training samples that the bases are made of; one value, one for each layer, or `all`.
-        rank_rule: `paper`, or `official` for the code's rank of the first experience.
-        apply_to: what is projected: the gradient, the optimizer's step, or whichever is needed.
-        uncovered: what happens to parameters of layers without a basis.
-        batchnorm: what happens to tracked BatchNorm statistics after the first experience.
-        include: patterns of the layers to cover; none means all.
-        exclude: patterns of the layers to leave out.
-        route: how the projected gradient is computed.
-    """
-
-    threshold: float | tuple[float, ...] = setting(0.97, minimum=0, maximum=1)
-    threshold_step: float = setting(0.003, minimum=0, maximum=1)
-    n_samples: int | tuple[int, ...] | Literal["all"] = setting(125, minimum=1)
-    rank_rule: Literal["paper", "official"] = setting("paper")
-    apply_to: Literal["auto", "gradient", "update"] = setting("auto")
-    uncovered: Literal["freeze", "train", "raise"] = setting("freeze")
-    batchnorm: Literal["freeze", "track"] = setting("freeze")
-    include: tuple[str, ...] | None = setting(None, optional=True)
-    exclude: tuple[str, ...] | None = setting(None, optional=True)
-    route: str = setting("auto")
+from benchmarks.method_settings import (
+    AgemSettings,
+    EwcSettings,
+    GemSettings,
+    GpmSettings,
+    LogdSettings,
+    NoSettings,
+    OgdSettings,
+    ReplaySettings,
+)
+from benchmarks.settings import unknown
 
 
 @dataclass(frozen=True)
@@ -136,6 +89,47 @@ def _gpm(settings: GpmSettings, seed: int) -> list[Any]:
     ]
 
 
+def _logd(settings: LogdSettings, seed: int) -> list[Any]:
+    """This package's LOGD."""
+    from avalanche_gradproj import LOGDPlugin
+
+    return [
+        LOGDPlugin(
+            settings.patterns_per_exp,
+            None if settings.n_components == "all" else settings.n_components,
+            variant=settings.variant,
+            margin=settings.margin,
+            blocks=settings.blocks,
+            selection=settings.selection,
+            seed=seed,
+        )
+    ]
+
+
+def _ogd(settings: OgdSettings, seed: int) -> list[Any]:
+    """This package's OGD."""
+    from avalanche_gradproj import OGDPlugin
+
+    max_bytes = settings.ogd_max_mb * 10**6 or None
+    return [OGDPlugin(settings.n_gradients, target=settings.target, max_bytes=max_bytes, seed=seed)]
+
+
+def _gem(settings: GemSettings, seed: int) -> list[Any]:
+    """Avalanche's GEM."""
+    from avalanche.training.plugins import GEMPlugin
+
+    del seed  # its choice of samples follows the global random state, which the run seeds
+    return [GEMPlugin(settings.gem_patterns, settings.memory_strength)]
+
+
+def _agem(settings: AgemSettings, seed: int) -> list[Any]:
+    """Avalanche's AGEM."""
+    from avalanche.training.plugins import AGEMPlugin
+
+    del seed  # as for GEM
+    return [AGEMPlugin(settings.agem_patterns, settings.agem_sample_size)]
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -143,7 +137,11 @@ METHODS: dict[str, Method] = {
         Method("ewc", "Avalanche's elastic weight consolidation", EwcSettings, _ewc),
         Method("replay", "Avalanche's experience replay", ReplaySettings, _replay),
         Method("joint", "all experiences at once, an upper bound", NoSettings, _no_plugins, joint=True),
+        Method("gem", "Avalanche's gradient episodic memory", GemSettings, _gem),
+        Method("agem", "Avalanche's averaged gradient episodic memory", AgemSettings, _agem),
         Method("gpm", "gradient projection memory", GpmSettings, _gpm),
+        Method("ogd", "orthogonal gradient descent", OgdSettings, _ogd),
+        Method("logd", "layerwise optimization by gradient decomposition", LogdSettings, _logd),
     )
 }
 

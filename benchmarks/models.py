@@ -1,18 +1,19 @@
-"""The networks of the protocols: multilayer perceptrons, the AlexNet and the LeNet of the GPM family.
+"""The networks of the protocols: multilayer perceptrons, the AlexNet and the LeNet of the GPM family, a ResNet.
 
-No layer has a bias. Task-incremental streams get a `MultiHead` model: one trunk and one bias-free head a
-task, all heads made at the start so that every test experience can be evaluated at any time and the initial
-weights depend on the seed alone.
+In the networks of the GPM family no layer has a bias. Task-incremental streams get a `MultiHead` model: one trunk and
+one bias-free head a task, all heads made at the start so that every test experience can be evaluated at any time and
+the initial weights depend on the seed alone; or one output layer with the units of other tasks masked
+(`MaskedOutputs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-from avalanche.models import MultiHeadClassifier, MultiTaskModule
+from avalanche.models import MultiHeadClassifier, MultiTaskModule, SlimResNet18
 from torch import Tensor, nn
 
 from benchmarks.settings import InputError, unknown
@@ -22,6 +23,10 @@ _ALEXNET_CHANNELS = ((3, 64, 4, 0.2), (64, 128, 3, 0.2), (128, 256, 2, 0.5))
 _ALEXNET_UNITS = (1024, 2048, 2048)
 _LENET_CHANNELS = ((3, 20), (20, 50))
 _LENET_UNITS = (3200, 800, 500)
+_RESNET_FILTERS = 20
+
+#: The logit of a class of another task.
+MASKED = -1e11
 
 
 class BiasFreeHeads(MultiHeadClassifier):
@@ -99,6 +104,45 @@ class MultiHead(MultiTaskModule):
         return self.heads.forward_single_task(self.trunk(x), task_label)
 
 
+class MaskedOutputs(MultiTaskModule):
+    """A network with one output layer in which only the units of the sample's own task count.
+
+    Args:
+        network: maps images to logits of all classes.
+        classes: units of each task.
+        n_outputs: units of the output layer.
+    """
+
+    def __init__(self, network: nn.Module, classes: Sequence[Sequence[int]], n_outputs: int) -> None:
+        super().__init__()
+        self.network = network
+        others = torch.ones(len(classes), n_outputs, dtype=torch.bool)
+        for task, own in enumerate(classes):
+            others[task, list(own)] = False
+        self.register_buffer("others", others)
+
+    def forward(self, x: Tensor, task_labels: Tensor | int | None = None) -> Any:
+        """Logits of all classes, [batch, n_outputs], those of other tasks at `MASKED`.
+
+        The whole batch passes at once: BatchNorm normalises what comes together.
+
+        Args:
+            x: images.
+            task_labels: one label a sample, or one for all; None asks for every task's logits.
+
+        Returns:
+            The logits, or a dict of them for None.
+        """
+        logits = self.network(x)
+        if task_labels is None:
+            return {task: logits.masked_fill(own, MASKED) for task, own in enumerate(self.others)}
+        return logits.masked_fill(self.others[task_labels], MASKED)
+
+    def forward_single_task(self, x: Tensor, task_label: int) -> Tensor:
+        """Logits with those of all tasks but one masked, [batch, n_outputs]."""
+        return self.network(x).masked_fill(self.others[task_label], MASKED)
+
+
 def _mlp_trunk(stream: Stream, hidden: int) -> nn.Sequential:
     """Flatten and two hidden layers."""
     channels, height, width = stream.input_shape
@@ -117,6 +161,25 @@ def _mlp(stream: Stream, hidden: int) -> nn.Module:
     if stream.n_heads:
         return MultiHead(trunk, BiasFreeHeads(hidden, stream.n_outputs, stream.n_heads))
     return trunk.append(nn.Linear(hidden, stream.n_outputs, bias=False))
+
+
+def _mlp_with_biases(stream: Stream, hidden: int) -> nn.Module:
+    """Two hidden layers of `hidden` units and one output layer, with biases and PyTorch's own initial weights."""
+    units = (torch.Size(stream.input_shape).numel(), hidden, hidden)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise(units):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, stream.n_outputs))
+
+
+def _mlp_xavier(stream: Stream, hidden: int) -> nn.Module:
+    """The same with Xavier-uniform weights and biases of zero."""
+    model = _mlp_with_biases(stream, hidden)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
 
 
 def alexnet_trunk() -> nn.Sequential:
@@ -171,25 +234,44 @@ def _lenet(stream: Stream, hidden: int) -> nn.Module:
     return model
 
 
-def _image_network(trunk: nn.Sequential, features: int, stream: Stream) -> nn.Module:
-    """Put heads on a trunk made for 32 x 32 colour images."""
+def _slim_resnet(stream: Stream, hidden: int) -> nn.Module:
+    """The reduced ResNet-18 of the GEM family, with 20 filters and BatchNorm with running statistics."""
+    del hidden
+    _refuse_other_images(stream)
+    network = SlimResNet18(stream.n_outputs, nf=_RESNET_FILTERS)
+    return MaskedOutputs(network, stream.classes, stream.n_outputs) if stream.classes else network
+
+
+def _refuse_other_images(stream: Stream) -> None:
     if stream.input_shape != (3, 32, 32):
         raise InputError(f"this network takes images of [3, 32, 32]; the data has {list(stream.input_shape)}")
+
+
+def _image_network(trunk: nn.Sequential, features: int, stream: Stream) -> nn.Module:
+    """Put heads on a trunk made for 32 x 32 colour images."""
+    _refuse_other_images(stream)
     if stream.n_heads:
         return MultiHead(trunk, BiasFreeHeads(features, stream.n_outputs, stream.n_heads))
     return trunk.append(nn.Linear(features, stream.n_outputs, bias=False))
 
 
-_BUILDERS: dict[str, Callable[[Stream, int], nn.Module]] = {"mlp": _mlp, "alexnet": _alexnet, "lenet": _lenet}
+_BUILDERS: dict[str, Callable[[Stream, int], nn.Module]] = {
+    "mlp": _mlp,
+    "mlp-bias": _mlp_with_biases,
+    "mlp-xavier": _mlp_xavier,
+    "alexnet": _alexnet,
+    "lenet": _lenet,
+    "slim-resnet18": _slim_resnet,
+}
 
 
 def build_model(name: str, stream: Stream, hidden: int | None) -> nn.Module:
     """Build a network for a stream; the weights come from the global random state.
 
     Args:
-        name: `mlp`, `alexnet` or `lenet`.
-        stream: gives the shapes of inputs and outputs and the number of heads.
-        hidden: units of the hidden layers, for `mlp`.
+        name: the network's name.
+        stream: gives the shapes of inputs and outputs and the tasks.
+        hidden: units of the hidden layers, for perceptrons.
 
     Returns:
         The network.

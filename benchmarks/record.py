@@ -56,7 +56,8 @@ class Protocol:
         source: where the images come from: `digits` (embedded), `mnist`, `cifar100` (a file or a download) or
             `npz` (the user's file).
         expected: what the images must look like.
-        split: experiences by classes in label order, by superclasses, or by permutations of the pixels.
+        split: experiences by classes in label order, by superclasses, by permutations of the pixels or by
+            rotations.
         model: the network.
         normalisation: pixels to floats.
         n_experiences: how many experiences, the first ones of the protocol's order.
@@ -66,7 +67,11 @@ class Protocol:
         lr: learning rate of SGD without momentum or weight decay, the initial one where there is a schedule.
         train_batch: samples of a training batch.
         test_batch: samples of a test or validation batch.
-        train_limit: at most so many training samples an experience, for quick trials; 0 takes all.
+        max_angle: degrees over which the rotations are spread.
+        outputs: of a split by classes: a head a task, or one layer whose units of other tasks are masked.
+        permutation_rule: whose permutations: those of GPM's code or those of GEM's.
+        train_limit: at most so many training samples an experience; 0 takes all.
+        draw_rule: which ones: the same in all experiences over the same images, or other ones in each.
         valid_share: share of the training samples held back for validation.
         valid_rule: which ones: the first, or random ones.
         patience: epochs without a better validation loss before the learning rate falls.
@@ -81,7 +86,7 @@ class Protocol:
     summary: str
     source: Literal["digits", "mnist", "cifar100", "npz"]
     expected: Expected
-    split: Literal["classes", "superclasses", "permutations"]
+    split: Literal["classes", "superclasses", "permutations", "rotations"]
     model: str
     normalisation: Normalisation
     n_experiences: int = setting(5, minimum=1)
@@ -91,7 +96,11 @@ class Protocol:
     lr: float = setting(0.01, above=0)
     train_batch: int = setting(10, minimum=1)
     test_batch: int = setting(64, minimum=1)
+    max_angle: float | None = setting(None, above=0, maximum=360)
+    outputs: Literal["heads", "masked"] = "heads"
+    permutation_rule: Literal["gpm", "gem"] = "gpm"
     train_limit: int = setting(0, minimum=0)
+    draw_rule: Literal["same", "each"] = "same"
     valid_share: float | None = None
     valid_rule: Literal["first", "random"] = "random"
     patience: int | None = setting(None, minimum=1)

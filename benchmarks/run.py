@@ -18,11 +18,12 @@ from avalanche.training.supervised import JointTraining
 from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 
-from benchmarks import evaluate, progress, resources, sources, streams
+from benchmarks import evaluate, orders, progress, resources, sources, streams
 from benchmarks.jobs import Job
 from benchmarks.methods import find_method
 from benchmarks.models import build_model
 from benchmarks.record import Protocol
+from benchmarks.sampling import Sampling
 from benchmarks.schedule import ValidationSchedule
 from benchmarks.settings import InputError
 
@@ -41,15 +42,21 @@ def build_stream(protocol: Protocol, data: sources.ImageData, seed: int) -> stre
     Raises:
         InputError: if the data has too few classes for the experiences asked for.
     """
-    sampling = streams.Sampling(protocol.valid_share or 0.0, protocol.valid_rule, protocol.train_limit, seed)
-    count = protocol.n_experiences
-    if protocol.split == "permutations":
-        orders = streams.permutations(count, data.x_train[0].numel(), seed)
-        return streams.permute(data, orders, protocol.normalisation, sampling)
+    share, limit = protocol.valid_share or 0.0, protocol.train_limit
+    sampling = Sampling(share, protocol.valid_rule, limit, protocol.draw_rule, seed)
+    count, shape = protocol.n_experiences, data.x_train.shape[1:]
+    if protocol.split in ("permutations", "rotations"):
+        if protocol.split == "rotations":
+            pixels = orders.rotations(count, (shape[0], shape[1], shape[2]), protocol.max_angle or 0.0, seed)
+        else:
+            draw = orders.permutations if protocol.permutation_rule == "gpm" else orders.gem_permutations
+            pixels = draw(count, shape.numel(), seed)
+        return streams.permute(data, pixels, protocol.normalisation, sampling)
     groups = _class_groups(protocol, data)
     if len(groups) < count:
         raise InputError(f"n_experiences={count}: {data.n_classes} classes make only {len(groups)} experiences")
-    return streams.split_by_class(data, groups[:count], protocol.normalisation, sampling)
+    labels: streams.Labels = "masked" if protocol.outputs == "masked" else "task"
+    return streams.split_by_class(data, groups[:count], protocol.normalisation, sampling, labels)
 
 
 def _class_groups(protocol: Protocol, data: sources.ImageData) -> list[list[int]]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Columns that are converted to float64 at a time: they stay in the cache.
-CHUNK = 4096
+#: Columns that are converted to float64 at a time: few enough to stay in the cache, many enough to keep it busy.
+CHUNK = 16384
 
 #: Rows of a Gram matrix that are formed at a time on the CPU, from the diagonal on: the lower half is not computed.
 ROWS = 8

@@ -14,6 +14,8 @@ from avalanche_gradproj.linalg.moments import accumulation_dtype
 
 #: Numbers in a temporary copy in float64 at most (32 MB): of the new vectors, and of a panel of V.
 WIDE_NUMBERS = 2**22
+#: Bytes of V at a time when a vector is projected on the CPU: read once from memory, the second time from the cache.
+PANEL_BYTES = 3 * 2**19
 #: New vectors orthogonalised at once at most: against V by matrix products, among themselves one by one.
 BLOCK_VECTORS = 64
 #: A vector is numerically dependent where less than this many roundings of its own length is left of it.
@@ -95,6 +97,12 @@ class OrthonormalRows:
     def remove(self, x: Tensor) -> Tensor:
         """Return x - V^T (V x), in the matrix's type, for x [length] or [n, length]; a new tensor."""
         rows, x = self.rows, x.to(self._matrix.dtype)
+        if x.dim() == 1 and x.device.type == "cpu":
+            rest = x.clone()
+            # Rows are orthogonal to each other, so that they can be removed panel by panel.
+            for panel in rows.split(max(1, PANEL_BYTES // max(1, self.length * rows.element_size()))):
+                rest.addmv_(panel.T, panel @ rest, alpha=-1)
+            return rest
         if x.dim() == 1:
             return torch.addmv(x, rows.T, rows @ x, alpha=-1)
         return torch.addmm(x, x @ rows.T, rows, alpha=-1)

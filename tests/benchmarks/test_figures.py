@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from benchmarks import evaluate
+from benchmarks.orders import permutations
 from benchmarks.record import Normalisation
 from benchmarks.report import Cell, rows
-from benchmarks.streams import Sampling, permutations, permute, split_by_class
+from benchmarks.sampling import Sampling
+from benchmarks.streams import permute, split_by_class
 
 MATRIX = [
     [90.0, 12.0, 8.0],

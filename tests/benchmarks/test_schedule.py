@@ -11,8 +11,10 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 
 from benchmarks import schedule
+from benchmarks.orders import permutations
 from benchmarks.record import Normalisation
-from benchmarks.streams import Sampling, permutations, permute
+from benchmarks.sampling import Sampling
+from benchmarks.streams import permute
 
 SETTINGS = {"lr": 0.4, "patience": 2, "lr_factor": 2.0, "lr_min": 0.15, "batch_size": 7}
 

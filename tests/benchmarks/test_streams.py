@@ -7,12 +7,14 @@ import pytest
 import torch
 from sklearn.utils import shuffle
 
+from benchmarks.orders import permutations
 from benchmarks.protocols import find_protocol
 from benchmarks.record import Normalisation
 from benchmarks.run import build_stream
+from benchmarks.sampling import Sampling
 from benchmarks.settings import InputError, apply
 from benchmarks.sources import read_npz
-from benchmarks.streams import Sampling, permutations, permute, split_by_class
+from benchmarks.streams import permute, split_by_class
 
 RULE = Normalisation(mean=(0.1307,), std=(0.3081,))
 

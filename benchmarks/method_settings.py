@@ -1,0 +1,130 @@
+"""Hyper-parameters of the methods that can be compared: one record of settings each.
+
+Plain values only, as in `record.py`: nothing of torch or Avalanche is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.settings import setting
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """For methods without hyper-parameters."""
+
+
+@dataclass(frozen=True)
+class EwcSettings:
+    """Elastic weight consolidation, as Avalanche has it (one penalty for each earlier experience).
+
+    Attributes:
+        ewc_lambda: weight of the penalty.
+    """
+
+    ewc_lambda: float = setting(1.0, minimum=0)
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """Experience replay, as Avalanche has it (every batch doubled by as many samples of the memory).
+
+    Attributes:
+        mem_size: samples in the memory, all experiences together.
+    """
+
+    mem_size: int = setting(200, minimum=1)
+
+
+@dataclass(frozen=True)
+class GpmSettings:
+    """Gradient projection memory.
+
+    Attributes:
+        threshold: share of the activations' energy that a layer's basis holds; one value, or one for each
+            layer.
+        threshold_step: what each experience adds to the threshold.
+        n_samples: training samples that the bases are made of; one value, one for each layer, or `all`.
+        rank_rule: `paper`, or `official` for the code's rank of the first experience.
+        apply_to: what is projected: the gradient, the optimizer's step, or whichever is needed.
+        uncovered: what happens to parameters of layers without a basis.
+        batchnorm: what happens to tracked BatchNorm statistics after the first experience.
+        include: patterns of the layers to cover; none means all.
+        exclude: patterns of the layers to leave out.
+        route: how the projected gradient is computed.
+    """
+
+    threshold: float | tuple[float, ...] = setting(0.97, minimum=0, maximum=1)
+    threshold_step: float = setting(0.003, minimum=0, maximum=1)
+    n_samples: int | tuple[int, ...] | Literal["all"] = setting(125, minimum=1)
+    rank_rule: Literal["paper", "official"] = setting("paper")
+    apply_to: Literal["auto", "gradient", "update"] = setting("auto")
+    uncovered: Literal["freeze", "train", "raise"] = setting("freeze")
+    batchnorm: Literal["freeze", "track"] = setting("freeze")
+    include: tuple[str, ...] | None = setting(None, optional=True)
+    exclude: tuple[str, ...] | None = setting(None, optional=True)
+    route: str = setting("auto")
+
+
+@dataclass(frozen=True)
+class LogdSettings:
+    """Layerwise optimization by gradient decomposition.
+
+    Attributes:
+        patterns_per_exp: samples kept of each experience.
+        n_components: leading principal components of the specific gradients that are removed, or `all`.
+        variant: `paper`, or `official` for the code's update with a margin.
+        margin: of the official variant.
+        blocks: `layer`, `network`, or a number of consecutive parameter tensors.
+        selection: samples that are kept: `random`, or the `last` of the experience's dataset.
+    """
+
+    patterns_per_exp: int = setting(256, minimum=0)
+    n_components: int | Literal["all"] = setting("all", minimum=1)
+    variant: Literal["paper", "official"] = setting("paper")
+    margin: float = setting(0.5, minimum=0)
+    blocks: int | Literal["layer", "network"] = setting("layer", minimum=1)
+    selection: Literal["random", "last"] = setting("random")
+
+
+@dataclass(frozen=True)
+class OgdSettings:
+    """Orthogonal gradient descent.
+
+    Attributes:
+        n_gradients: gradients of logits kept of each experience.
+        target: logits whose gradients are kept: `gtl` (the true class's), `all`, or `ave` (their mean).
+        ogd_max_mb: megabytes of stored gradients at most; 0 sets no bound.
+    """
+
+    n_gradients: int = setting(200, minimum=0)
+    target: Literal["gtl", "all", "ave"] = setting("gtl")
+    ogd_max_mb: int = setting(0, minimum=0)
+
+
+@dataclass(frozen=True)
+class GemSettings:
+    """Gradient episodic memory, as Avalanche has it.
+
+    Attributes:
+        gem_patterns: samples kept of each experience.
+        memory_strength: what is added to the solution of the quadratic program (gamma).
+    """
+
+    gem_patterns: int = setting(256, minimum=1)
+    memory_strength: float = setting(0.5, minimum=0)
+
+
+@dataclass(frozen=True)
+class AgemSettings:
+    """Averaged gradient episodic memory, as Avalanche has it.
+
+    Attributes:
+        agem_patterns: samples kept of each experience.
+        agem_sample_size: samples of the memory that a step looks at, all experiences together.
+    """
+
+    agem_patterns: int = setting(256, minimum=1)
+    agem_sample_size: int = setting(256, minimum=1)

@@ -1,0 +1,1 @@
+"""Protocols as records, family by family."""
