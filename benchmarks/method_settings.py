@@ -78,7 +78,7 @@ class LogdSettings:
         variant: `paper`, or `official` for the code's update with a margin.
         margin: of the official variant.
         blocks: `layer`, `network`, or a number of consecutive parameter tensors.
-        selection: samples that are kept: `random`, or the `last` of the experience's dataset.
+        selection: samples that are kept: `random`, or the `last` ones seen in training.
     """
 
     patterns_per_exp: int = setting(256, minimum=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,7 +22,7 @@ class EpisodicMemory:
 
     Args:
         size: samples an experience; 0 keeps nothing.
-        selection: `"random"`, or `"last"`: the last ones of the experience's dataset.
+        selection: `"random"`, or `"last"`: the last ones seen in training (`observe`).
         device: where the samples lie; None for the device on which they come.
         seed: of the generator that draws samples, together with the number of experiences seen.
 
@@ -45,6 +46,7 @@ class EpisodicMemory:
         #: Experiences seen, also by a memory that keeps nothing.
         self.experiences = 0
         self._samples: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._seen: deque[tuple[Tensor, ...]] = deque()
         self._joined: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def __len__(self) -> int:
@@ -61,12 +63,36 @@ class EpisodicMemory:
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of all samples."""
-        parts = (part for sample in self._samples for part in sample if part is not None)
+        """Bytes of all samples, and of the mini-batches seen last."""
+        parts = (part for sample in (*self._samples, *self._seen) for part in sample if part is not None)
         return sum(part.numel() * part.element_size() for part in parts)
 
+    def observe(self, batch: Any) -> None:
+        """Take note of a mini-batch of training; with `"last"` the most recent ones are held until `add`.
+
+        Args:
+            batch: (inputs, targets) or (inputs, targets, ..., task labels); held as it is, not copied.
+
+        Raises:
+            DataError: for elements that are no tensors.
+        """
+        if self.selection != "last" or self.size == 0:
+            return
+        self._seen.append(_tensors(batch))
+        while self._count_seen() - len(self._seen[0][0]) >= self.size:
+            self._seen.popleft()
+
+    def forget(self) -> None:
+        """Let go of the mini-batches seen, at the beginning of an experience."""
+        self._seen.clear()
+
+    def _count_seen(self) -> int:
+        return sum(len(part[0]) for part in self._seen)
+
     def draw(self, size: int) -> Tensor:
-        """Return the indices of the samples to keep, of an experience of `size`.
+        """Return the indices of the samples to give to `add`, of an experience of `size`.
+
+        With `"last"` those are the last of the experience, as many as were not seen in training.
 
         Raises:
             DataError: if there are fewer than are to be kept.
@@ -77,16 +103,16 @@ class EpisodicMemory:
                 f"patterns_per_exp<={size}"
             )
         if self.selection == "last":
-            return torch.arange(size - self.size, size)
+            return torch.arange(size - max(0, self.size - self._count_seen()), size)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.experiences)
         return torch.randperm(size, generator=generator)[: self.size]
 
     def add(self, batches: Iterable[Any]) -> None:
-        """Keep the samples of an experience just learned.
+        """Keep samples of an experience just learned: those seen last, if any are held, and the first that come.
 
         Args:
-            batches: (inputs, targets) or (inputs, targets, ..., task labels) tensors each, in all at least as many
-                samples as are kept; the first so many are.
+            batches: (inputs, targets) or (inputs, targets, ..., task labels) tensors each, with those seen last in all
+                at least as many samples as are kept; no more are looked at than needed.
 
         Raises:
             DataError: for elements that are no tensors, or too few samples; nothing changes then.
@@ -94,18 +120,18 @@ class EpisodicMemory:
         """
         if self.size:
             self._keep([*self._samples, self._gather(batches)])
+        self._seen.clear()
         self.experiences += 1
 
     def _gather(self, batches: Iterable[Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-        parts: list[tuple[Tensor, ...]] = []
-        for batch in batches:
-            if isinstance(batch, Tensor) or len(batch) < 2:
-                raise DataError("the memory needs batches (inputs, targets) or (inputs, targets, task labels)")
-            part = (batch[0], batch[1]) if len(batch) == 2 else (batch[0], batch[1], batch[-1])
-            if not all(isinstance(element, Tensor) for element in part):
-                kinds = ", ".join(type(element).__name__ for element in part)
-                raise DataError(f"the memory keeps tensors, the batch holds ({kinds}): collate them to tensors")
-            parts.append(part)
+        held = self._count_seen()
+        parts, wanted = list(self._seen), max(0, self.size - held)
+        if held > self.size:
+            parts[0] = tuple(part[held - self.size :] for part in parts[0])
+        rest = iter(batches)
+        while wanted > 0 and (batch := next(rest, None)) is not None:
+            parts.append(_tensors(batch))
+            wanted -= len(parts[-1][0])
         seen = sum(len(part[0]) for part in parts)
         if seen < self.size:
             raise DataError(f"{seen} samples came and patterns_per_exp={self.size} are to be kept: give more data")
@@ -174,6 +200,17 @@ class EpisodicMemory:
             loaded.append((inputs, targets, labels))
         self._keep(loaded)
         self.experiences = state["experiences"]
+
+
+def _tensors(batch: Any) -> tuple[Tensor, ...]:
+    """Return inputs, targets and, where there are any, task labels of a mini-batch."""
+    if isinstance(batch, Tensor) or len(batch) < 2:
+        raise DataError("the memory needs batches (inputs, targets) or (inputs, targets, task labels)")
+    part = (batch[0], batch[1]) if len(batch) == 2 else (batch[0], batch[1], batch[-1])
+    if not all(isinstance(element, Tensor) for element in part):
+        kinds = ", ".join(type(element).__name__ for element in part)
+        raise DataError(f"the memory keeps tensors, the batch holds ({kinds}): collate them to tensors")
+    return tuple(element.detach() for element in part)
 
 
 def _to(part: Tensor | None, device: torch.device) -> Tensor | None:

@@ -61,7 +61,7 @@ class LayerwiseGradientDecomposition(GradientTransform):
         blocks: `"layer"` (all parameters of one module), `"network"`, or a number of consecutive parameter tensors.
         include: patterns of parameters, or of modules that hold them, to decompose; default all.
         exclude: patterns of those to leave alone.
-        selection: samples that are kept: `"random"`, or `"last"` of the experience.
+        selection: samples that are kept: `"random"`, or `"last"`: those seen last in training, told by `observe`.
         memory_device: where samples lie; None for where they come.
         seed: of the generator that draws samples.
 
@@ -123,6 +123,10 @@ class LayerwiseGradientDecomposition(GradientTransform):
     def draw(self, size: int) -> Tensor:
         """Return the indices of the samples to keep; see `EpisodicMemory.draw`."""
         return self.memory.draw(size)
+
+    def observe(self, batch: Any) -> None:
+        """Take note of a mini-batch of training, for `selection="last"`; see `EpisodicMemory.observe`."""
+        self.memory.observe(batch)
 
     def start(self, model: nn.Module, optimizer: Optimizer | None = None, *, heads: Sequence[str] = ()) -> None:
         """Begin an experience; see `Method.start`. Heads are decomposed as everything else.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from avalanche_gradproj.errors import DataError
 from avalanche_gradproj.methods.logd_core import LayerwiseGradientDecomposition
-from avalanche_gradproj.plugins.base import GradientTransformPlugin, _whole
+from avalanche_gradproj.plugins.base import GradientTransformPlugin, _is_piece, _whole
 
 
 def _forward(model: nn.Module, batch: Sequence[Tensor]) -> Any:
@@ -23,10 +23,11 @@ def _forward(model: nn.Module, batch: Sequence[Tensor]) -> Any:
 class LOGDPlugin(GradientTransformPlugin):
     """Layerwise Optimization by Gradient Decomposition (arXiv 2105.07561) for any strategy, model and optimizer.
 
-    After each experience `patterns_per_exp` of its training samples (evaluation transforms, with task labels) are kept.
-    At every later step the gradients of all old experiences are computed on them, with the strategy's criterion, and in
-    each block of parameters the mini-batch's gradient g becomes the closest vector that is orthogonal to what is
-    specific to one old experience and does not oppose what they share (`methods.logd.logd_update`).
+    After each experience `patterns_per_exp` of its training samples are kept, with task labels; those drawn at random
+    with evaluation transforms. At every later step the gradients of all old experiences are computed on them, with the
+    strategy's criterion, and in each block of parameters the mini-batch's gradient g becomes the closest vector that is
+    orthogonal to what is specific to one old experience and does not oppose what they share
+    (`methods.logd.logd_update`).
 
     All parameters that take a gradient are decomposed, task heads too; a head that the mini-batch does not use stays as
     it is. `include` and `exclude` choose others; `report()` lists every parameter with its block, and how the old
@@ -48,7 +49,8 @@ class LOGDPlugin(GradientTransformPlugin):
             in the official scripts).
         include: shell-style patterns of parameters or modules to decompose; default all.
         exclude: patterns of those to leave alone.
-        selection: samples that are kept: `"random"`, or `"last"` of the experience's dataset (as the official code).
+        selection: samples that are kept: `"random"`, or `"last"`: those seen last in training, as they were seen, with
+            training transforms (as the official code).
         memory_device: where samples lie; None for the strategy's device.
         seed: of the generator that draws samples; the global random state is not touched by it.
 
@@ -105,4 +107,11 @@ class LOGDPlugin(GradientTransformPlugin):
                 "give a benchmark with task labels (with_task_labels), or a model without task heads"
             )
         self.method.criterion = strategy._criterion
+        if not _is_piece(strategy.experience) or strategy.experience.is_first_subexp:
+            self.method.memory.forget()
         super().before_training_exp(strategy, *args, **kwargs)
+
+    def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Take note of the mini-batch."""
+        self.method.observe(strategy.mbatch)
+        super().before_forward(strategy, *args, **kwargs)

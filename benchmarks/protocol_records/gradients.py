@@ -57,7 +57,7 @@ PMNIST_LOGD = Protocol(
             "epochs, train_batch": f"{LOGD_CODE}, run_experiments.sh",
             "lr, gem_patterns, memory_strength": f"{LOGD_CODE}, run_experiments.sh, the line of GEM",
             "patterns_per_exp, margin, n_components, blocks, selection": f"{LOGD_CODE}, "
-            "newblockgem_group5_pca3_partmargin.py; the last samples of a task, here of the dataset",
+            "newblockgem_group5_pca3_partmargin.py; the last samples seen of a task",
             "all other methods": f"{HERE}, not searched",
         }
     ),

@@ -148,20 +148,70 @@ def test_multi_head_models_take_one_pass_each_or_one():
     assert plugin.report()["head.classifiers.1.classifier.weight"].treatment == "decomposed"
 
 
-def test_memory_holds_evaluation_transforms_and_the_last_samples():
+class Seen(Naive.PLUGIN_CLASS):
+    """Notes every sample that training sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.x, self.y = [], []
+
+    def before_backward(self, strategy, *args, **kwargs):
+        self.x += list(strategy.mb_x.clone())
+        self.y += strategy.mb_y.tolist()
+
+
+def transformed():
     x, y = torch.randn(48, 12), torch.arange(48) // 12
     groups = TransformGroups({"train": (lambda x: x + 100, None), "eval": (lambda x: x + 1, None)})
     data = ClassificationDataset(
         [TensorDataset(x, y)], transform_groups=groups, data_attributes=[DataAttribute(y.tolist(), "targets")]
     )
-    benchmark = with_classes_timeline(benchmark_from_datasets(train=[data], test=[data]))
-    plugin = LOGDPlugin(10, selection="last")
+    return x, with_classes_timeline(benchmark_from_datasets(train=[data, data], test=[data]))
+
+
+def test_random_samples_have_evaluation_transforms():
+    x, benchmark = transformed()
+    plugin = LOGDPlugin(10)
+    chosen = plugin.method.draw(48)
     strategy(CASE, [plugin], train_epochs=1).train(benchmark.train_stream[0])
     inputs, targets, labels = plugin.method.memory[0]
-    torch.testing.assert_close(inputs, x[38:] + 1)
-    assert torch.equal(targets, y[38:])
+    torch.testing.assert_close(inputs, x[chosen] + 1)
+    assert torch.equal(targets, chosen // 12)
     assert labels is None
     assert plugin.method.bytes_held == 10 * (12 * 4 + 8)
+
+
+@pytest.mark.parametrize("size", [1, 8, 10, 48])
+def test_the_last_samples_are_those_seen_last_in_training(size):
+    """Whatever the size of the batches (8), and of each experience its own."""
+    _, benchmark = transformed()
+    plugin, seen = LOGDPlugin(size, selection="last"), Seen()
+    learner = strategy(CASE, [plugin, seen], train_epochs=2)
+    for k in range(2):
+        seen.x.clear(), seen.y.clear()
+        learner.train(benchmark.train_stream[k])
+        inputs, targets, _ = plugin.method.memory[k]
+        assert len(seen.x) == 96
+        assert torch.equal(inputs, torch.stack(seen.x[-size:]))
+        assert targets.tolist() == seen.y[-size:]
+    assert plugin.method.bytes_held == 2 * size * (12 * 4 + 8)
+
+
+def test_samples_that_training_did_not_see_come_from_the_dataset():
+    """Without a single epoch nothing is seen: the memory is whole nevertheless."""
+    x, benchmark = transformed()
+    plugin = LOGDPlugin(10, selection="last")
+    strategy(CASE, [plugin], train_epochs=0).train(benchmark.train_stream[0])
+    torch.testing.assert_close(plugin.method.memory[0][0], x[38:] + 1)
+
+
+def test_what_an_abandoned_experience_showed_is_forgotten():
+    _, benchmark = transformed()
+    plugin = LOGDPlugin(10, selection="last")
+    learner = strategy(CASE, [plugin], train_epochs=1)
+    plugin.method.observe((torch.full((9, 12), 7.0), torch.zeros(9, dtype=torch.long)))
+    learner.train(benchmark.train_stream[0])
+    assert not (plugin.method.memory[0][0] == 7.0).any()
 
 
 def test_memory_larger_than_an_experience():
