@@ -211,6 +211,10 @@ def check_method(job: Job, stream: Stream) -> None:
     from avalanche_gradproj import GradProjError
     from avalanche_gradproj.plugins.base import GradientTransformPlugin, task_heads
 
+    smallest = min(len(dataset) for dataset in stream.train)
+    refused = find_method(job.method).refuse(job.settings, smallest, len(stream.train))
+    if refused is not None:
+        raise InputError(f"{job.method} on {job.protocol.name}: {refused}")
     try:
         with reproducible(job.seed):
             model = build_model(job.protocol.model, stream, job.protocol.hidden)
@@ -218,7 +222,7 @@ def check_method(job: Job, stream: Stream) -> None:
             if not isinstance(plugin, GradientTransformPlugin):
                 continue
             plugin.method.start(model, None, heads=task_heads(model))
-            needed, smallest = plugin.method.required_samples(), min(len(dataset) for dataset in stream.train)
+            needed = plugin.method.required_samples()
             if needed is not None and needed > smallest:
                 argument = plugin.method.samples_argument
                 raise InputError(f"{argument}={needed}: {job.protocol.name} has experiences of {smallest} samples")

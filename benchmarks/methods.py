@@ -24,6 +24,12 @@ from benchmarks.method_settings import (
 from benchmarks.settings import unknown
 
 
+def _fits(settings: Any, smallest: int, experiences: int) -> str | None:
+    """Refuse nothing."""
+    del settings, smallest, experiences
+    return None
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to train on a stream.
@@ -34,6 +40,8 @@ class Method:
         settings: the type of its hyper-parameters.
         plugins: makes the Avalanche plugins from the settings and the run's seed.
         joint: train once on all experiences together, as an upper bound.
+        refuse: says what of the settings does not fit a stream, given the samples of its smallest experience and the
+            number of experiences; for plugins that do not find out themselves before training.
     """
 
     name: str
@@ -41,6 +49,7 @@ class Method:
     settings: type
     plugins: Callable[[Any, int], list[Any]]
     joint: bool = False
+    refuse: Callable[[Any, int, int], str | None] = _fits
 
 
 def _no_plugins(settings: NoSettings, seed: int) -> list[Any]:
@@ -130,6 +139,24 @@ def _agem(settings: AgemSettings, seed: int) -> list[Any]:
     return [AGEMPlugin(settings.agem_patterns, settings.agem_sample_size)]
 
 
+def _too_large(argument: str, patterns: int, smallest: int) -> str | None:
+    """Say that a memory does not fit into an experience."""
+    return f"{argument}={patterns}: there are experiences of {smallest} samples" if patterns > smallest else None
+
+
+def _refuse_gem(settings: GemSettings, smallest: int, experiences: int) -> str | None:
+    del experiences
+    return _too_large("gem_patterns", settings.gem_patterns, smallest)
+
+
+def _refuse_agem(settings: AgemSettings, smallest: int, experiences: int) -> str | None:
+    needed = experiences - 1
+    if settings.agem_sample_size < needed:
+        size = settings.agem_sample_size
+        return f"agem_sample_size={size}: it is divided among {needed} old experiences; expected at least {needed}"
+    return _too_large("agem_patterns", settings.agem_patterns, smallest)
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -137,8 +164,8 @@ METHODS: dict[str, Method] = {
         Method("ewc", "Avalanche's elastic weight consolidation", EwcSettings, _ewc),
         Method("replay", "Avalanche's experience replay", ReplaySettings, _replay),
         Method("joint", "all experiences at once, an upper bound", NoSettings, _no_plugins, joint=True),
-        Method("gem", "Avalanche's gradient episodic memory", GemSettings, _gem),
-        Method("agem", "Avalanche's averaged gradient episodic memory", AgemSettings, _agem),
+        Method("gem", "Avalanche's gradient episodic memory", GemSettings, _gem, refuse=_refuse_gem),
+        Method("agem", "Avalanche's averaged gradient episodic memory", AgemSettings, _agem, refuse=_refuse_agem),
         Method("gpm", "gradient projection memory", GpmSettings, _gpm),
         Method("ogd", "orthogonal gradient descent", OgdSettings, _ogd),
         Method("logd", "layerwise optimization by gradient decomposition", LogdSettings, _logd),

@@ -198,6 +198,11 @@ class EpisodicMemory:
             inputs, targets = (part.to(self.device, copy=True) for part in sample[:2])
             labels = None if sample[2] is None else sample[2].to(self.device, copy=True)
             loaded.append((inputs, targets, labels))
+        if self.size and len(state["samples"]) != state["experiences"]:
+            raise StateError(
+                f"the state has learned {state['experiences']} experiences and holds samples of "
+                f"{len(state['samples'])}: there is no memory for an old experience"
+            )
         self._keep(loaded)
         self.experiences = state["experiences"]
 

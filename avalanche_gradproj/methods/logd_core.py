@@ -71,6 +71,7 @@ class LayerwiseGradientDecomposition(GradientTransform):
 
     name = "LOGD"
     state_version = 1
+    samples_argument = "patterns_per_exp"
 
     def __init__(
         self,
@@ -139,7 +140,8 @@ class LayerwiseGradientDecomposition(GradientTransform):
         self._release()
         parameters, alone = self._treat(model)
         blocks = partition(list(parameters), self.blocks)
-        notes = [f"old experiences: {len(self.memory)}, {self.memory.size} samples each"]
+        held = self.memory.bytes_held
+        notes = [f"old experiences: {len(self.memory)}, {self.memory.size} samples each, {held} bytes"]
         if len(self.memory):
             self.memory.place(next(iter(parameters.values())).device)
             if self.criterion is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from avalanche_gradproj.errors import DataError
 from avalanche_gradproj.methods.logd_core import LayerwiseGradientDecomposition
-from avalanche_gradproj.plugins.base import GradientTransformPlugin, _is_piece, _whole
+from avalanche_gradproj.plugins.base import GradientTransformPlugin, _is_piece
 
 
 def _forward(model: nn.Module, batch: Sequence[Tensor]) -> Any:
@@ -94,13 +94,7 @@ class LOGDPlugin(GradientTransformPlugin):
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Check the experience against the memory, take the strategy's criterion, and start the method."""
-        size, kept = len(_whole(strategy.experience).dataset), self.method.memory.size
         index = strategy.experience.current_experience
-        if size < kept:
-            raise DataError(
-                f"experience {index} has {size} samples and patterns_per_exp={kept} are to be kept of it: give "
-                f"patterns_per_exp<={size}"
-            )
         if is_multi_task_module(strategy.model) and not hasattr(strategy.experience, "task_labels"):
             raise DataError(
                 f"the forward of {type(strategy.model).__name__} needs task labels and experience {index} has none: "

@@ -44,7 +44,7 @@ DIGITS_SPLIT = Protocol(
         gem=GemSettings(gem_patterns=20, memory_strength=0.5),
         agem=AgemSettings(agem_patterns=20, agem_sample_size=20),
         ogd=OgdSettings(n_gradients=100),
-        logd=LogdSettings(patterns_per_exp=20, n_components=3, variant="official", blocks=5),
+        logd=LogdSettings(patterns_per_exp=20, n_components=3, variant="official"),
     ),
     sources=MappingProxyType(_DIGITS_SOURCES),
 )
@@ -63,7 +63,7 @@ DIGITS_PERMUTED = replace(
         gem=GemSettings(gem_patterns=40, memory_strength=0.5),
         agem=AgemSettings(agem_patterns=40, agem_sample_size=40),
         ogd=OgdSettings(n_gradients=100),
-        logd=LogdSettings(patterns_per_exp=40, n_components=3, variant="official", blocks=5),
+        logd=LogdSettings(patterns_per_exp=40, n_components=3, variant="official"),
     ),
 )
 

@@ -40,7 +40,7 @@ PMNIST_GPM = Protocol(
         gem=GemSettings(gem_patterns=100),
         agem=AgemSettings(agem_patterns=100),
         ogd=OgdSettings(n_gradients=100, ogd_max_mb=8000),
-        logd=LogdSettings(patterns_per_exp=100, n_components=3, variant="official", blocks=5),
+        logd=LogdSettings(patterns_per_exp=100, n_components=3, variant="official"),
     ),
     sources=MappingProxyType(
         {
@@ -90,7 +90,7 @@ CIFAR100_GPM = Protocol(
         gem=GemSettings(gem_patterns=200),
         agem=AgemSettings(agem_patterns=200),
         ogd=OgdSettings(n_gradients=20, ogd_max_mb=8000),
-        logd=LogdSettings(patterns_per_exp=200, n_components=3, variant="official", blocks=5),
+        logd=LogdSettings(patterns_per_exp=200, n_components=3, variant="official"),
     ),
     sources=MappingProxyType(
         {
@@ -128,7 +128,7 @@ CIFAR100_SUPERCLASS = replace(
         gem=GemSettings(gem_patterns=100),
         agem=AgemSettings(agem_patterns=100),
         ogd=OgdSettings(n_gradients=20, ogd_max_mb=8000),
-        logd=LogdSettings(patterns_per_exp=100, n_components=3, variant="official", blocks=5),
+        logd=LogdSettings(patterns_per_exp=100, n_components=3, variant="official"),
     ),
     sources=MappingProxyType(
         {

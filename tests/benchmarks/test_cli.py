@@ -54,6 +54,18 @@ BAD = {
     ],
     "run digits-split --method gpm --set n_samples=100000": ["n_samples=100000", "experiences of"],
     "run digits-split --method gpm --set train_limit=20": ["n_samples=", "experiences of 20 samples"],
+    "run digits-split --method logd --set patterns_per_exp=100000": ["patterns_per_exp=100000", "experiences of"],
+    "run digits-permuted --method logd --set blocks=5": ["logd on digits-permuted", "blocks=5", "3 decomposed"],
+    "run digits-split --method logd --set blocks=big": ["blocks", "'big'", "an integer or one of layer, network"],
+    "run digits-split --method logd --set n_components=0": ["n_components=0", "at least 1"],
+    "run digits-split --method logd --set variant=both": ["variant", "'both'", "paper, official"],
+    "run digits-split --method gem --set gem_patterns=100000": ["gem on digits-split", "gem_patterns=100000"],
+    "run digits-split --method agem --set agem_patterns=100000": ["agem on digits-split", "agem_patterns=100000"],
+    "run digits-split --method agem --set agem_sample_size=3": ["agem_sample_size=3", "4 old experiences"],
+    "run digits-split --method ogd --set ogd_max_mb=1": ["ogd on digits-split", "max_bytes=1000000", "holds 15"],
+    "run digits-split --method ogd --set n_gradients=100000": ["n_gradients=100000", "experiences of"],
+    "run digits-split --method naive --set max_angle=90": ["unknown setting 'max_angle'"],
+    "run rmnist-logd --method naive --set max_angle=500": ["max_angle=500", "at most 360"],
     "run digits-split --method naive --seed 4294967296": ["seed 4294967296", "expected 0 to"],
 }
 

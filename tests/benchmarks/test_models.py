@@ -7,7 +7,8 @@ import torch
 from avalanche.models import MultiHeadClassifier
 from torch import nn
 
-from benchmarks.models import BiasFreeHeads, build_model
+from benchmarks.models import MASKED, BiasFreeHeads, build_model
+from benchmarks.settings import InputError
 from benchmarks.streams import Stream
 
 
@@ -48,6 +49,62 @@ def test_parameter_counts(name, shape, outputs, heads, count):
     x = torch.randn(4, *shape)
     logits = model(x, torch.tensor([0, 1, 1, 0])) if heads else model(x)
     assert logits.shape == (4, outputs)
+
+
+def test_perceptrons_with_biases():
+    """784-100-100-10: Xavier-uniform weights and biases of zero, or PyTorch's own."""
+    torch.manual_seed(0)
+    plain, xavier = (build_model(name, stream_of((1, 28, 28), 10, 0), 100) for name in ("mlp-bias", "mlp-xavier"))
+    for model in (plain, xavier):
+        assert sum(parameter.numel() for parameter in model.parameters()) == MLP + 100 + 100 + 10
+        assert model(torch.randn(4, 1, 28, 28)).shape == (4, 10)
+    for layer in (module for module in xavier if isinstance(module, nn.Linear)):
+        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+        assert not layer.bias.any()
+        assert 0.95 * bound < layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert plain[1].bias.abs().max() > 0
+
+
+def masked_resnet():
+    classes = tuple(tuple(range(first, first + 5)) for first in range(0, 100, 5))
+    return build_model("slim-resnet18", Stream(None, (), (), (), (3, 32, 32), 100, 20, classes), None)
+
+
+def test_masked_outputs_have_the_loss_of_their_own_task():
+    """As the code of the GEM family: cross-entropy over the classes of the task alone, and nothing moves the others."""
+    torch.manual_seed(0)
+    model = masked_resnet().eval()
+    # convolutions and norms of ResNet-18 with 20, 40, 80, 160 filters, and the output layer: counted by hand
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_109_240
+    x, task = torch.randn(6, 3, 32, 32), 7
+    targets = torch.tensor([35, 36, 37, 38, 39, 35])
+    raw = model.network(x)
+    expected = nn.functional.cross_entropy(raw[:, 35:40], targets - 35)
+    for labels in (task, torch.full((6,), task)):
+        logits = model(x, labels)
+        torch.testing.assert_close(nn.functional.cross_entropy(logits, targets), expected)
+        assert set(logits.argmax(1).tolist()) <= set(range(35, 40))
+    found = torch.autograd.grad(nn.functional.cross_entropy(model(x, task), targets), model.network.linear.weight)[0]
+    wanted = torch.autograd.grad(expected, model.network.linear.weight)[0]
+    torch.testing.assert_close(found, wanted)
+    assert not found[:35].any()
+    assert not found[40:].any()
+    torch.testing.assert_close(model.forward_single_task(x, task), model(x, task))
+
+
+def test_masked_outputs_of_a_mixed_batch():
+    model = masked_resnet().eval()
+    x, tasks = torch.randn(3, 3, 32, 32), torch.tensor([2, 0, 19])
+    mixed, every = model(x, tasks), model(x)
+    for row, task in enumerate(tasks.tolist()):
+        torch.testing.assert_close(mixed[row], every[task][row])
+        assert (mixed[row] > MASKED).nonzero()[:, 0].tolist() == list(range(5 * task, 5 * task + 5))
+
+
+def test_networks_for_colour_images_refuse_others():
+    with pytest.raises(InputError, match="takes images of"):
+        build_model("slim-resnet18", stream_of((1, 28, 28), 10, 0), None)
 
 
 def test_each_sample_gets_its_own_tasks_head():

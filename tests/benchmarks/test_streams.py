@@ -100,6 +100,15 @@ def test_class_incremental_split_keeps_labels_and_one_task(images):
     assert second.previous_classes == {0, 2}
 
 
+def test_masked_split_keeps_labels_and_has_task_labels(images):
+    stream = split_by_class(images, [[0, 2], [3, 1]], Normalisation(), Sampling(), labels="masked")
+    assert (stream.n_heads, stream.n_outputs, stream.classes) == (2, 4, ((0, 2), (3, 1)))
+    second = stream.benchmark.train_stream[1]
+    assert second.classes_in_this_experience == {1, 3}
+    assert second.task_label == 1
+    assert set(stream.test[1].targets.tolist()) == {1, 3}
+
+
 def test_a_class_in_two_experiences_is_refused(images):
     with pytest.raises(InputError, match="two experiences"):
         split_by_class(images, [[0, 2], [2, 1]], Normalisation(), Sampling())

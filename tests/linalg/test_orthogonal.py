@@ -8,6 +8,7 @@ import torch
 
 from avalanche_gradproj.errors import ConfigurationError
 from avalanche_gradproj.linalg import orthogonal
+from avalanche_gradproj.linalg import orthogonal as module
 from avalanche_gradproj.linalg.orthogonal import OrthonormalRows
 from avalanche_gradproj.testing import no_host_round_trips
 
@@ -101,7 +102,10 @@ def test_never_more_than_the_space_has():
     assert float(basis.remove(torch.randn(12, dtype=torch.float64)).norm()) < 1e-13
 
 
-def test_remove_and_coordinates_against_a_dense_projector():
+@pytest.mark.parametrize("panel_bytes", [1, 2 * 20 * 8, 2**20])
+def test_remove_and_coordinates_against_a_dense_projector(monkeypatch, panel_bytes):
+    """However many of the five rows make a panel: one, two or all."""
+    monkeypatch.setattr(module, "PANEL_BYTES", panel_bytes)
     vectors = torch.randn(5, 20, dtype=torch.float64)
     basis = OrthonormalRows(20, dtype=torch.float64)
     basis.add(vectors)

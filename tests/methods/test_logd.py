@@ -359,6 +359,8 @@ def test_state_goes_on_bit_for_bit(tmp_path):
         ({"samples": [[torch.zeros(2, 3), torch.zeros(2), None]]}, "experience 0"),
         ({"samples": [[torch.zeros(KEPT, 3), torch.zeros(KEPT), None]]}, f"({KEPT}, 3)"),
         ({"samples": [None]}, "experience 0"),
+        ({"samples": []}, "learned 3 experiences and holds samples of 0: there is no memory for an old experience"),
+        ({"experiences": 4}, "learned 4 experiences and holds samples of 3"),
     ],
 )
 def test_damaged_states_are_refused(change, named):
