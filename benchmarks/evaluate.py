@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from avalanche.models.utils import avalanche_forward
 from torch import Tensor, nn
 
-from benchmarks.streams import LazyImages, Stream
+from benchmarks.streams import LazyImages, Stream, normalise
 
 _ORDER_SEED = 20240229
+
+#: Datasets that were evaluated, as long as they live, in the order of evaluation.
+_PUT_TOGETHER: WeakKeyDictionary[LazyImages, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -43,12 +47,19 @@ def batches(dataset: LazyImages, batch_size: int, device: torch.device | str) ->
     Yields:
         Images and labels.
     """
-    generator = torch.Generator().manual_seed(_ORDER_SEED)
-    order = torch.randperm(len(dataset), generator=generator)
-    images, labels = dataset.as_tensors(order)
-    images, labels = images.to(device), labels.to(device)
-    for start in range(0, len(images), batch_size):
-        yield images[start : start + batch_size], labels[start : start + batch_size]
+    pixels, labels = (part.to(device) for part in _shuffled(dataset))
+    for start in range(0, len(pixels), batch_size):
+        part = slice(start, start + batch_size)
+        yield normalise(pixels[part], dataset.normalisation), labels[part]
+
+
+def _shuffled(dataset: LazyImages) -> tuple[Tensor, Tensor]:
+    """Return a dataset's pixels and labels in the fixed order, put together once: a byte a pixel is kept."""
+    if dataset not in _PUT_TOGETHER:
+        generator = torch.Generator().manual_seed(_ORDER_SEED)
+        order = torch.randperm(len(dataset), generator=generator)
+        _PUT_TOGETHER[dataset] = dataset.pixels(order), dataset.targets[order]
+    return _PUT_TOGETHER[dataset]
 
 
 def logits(model: nn.Module, images: Tensor, task: int) -> Tensor:

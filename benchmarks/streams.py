@@ -46,8 +46,8 @@ def normalise(pixels: Tensor, rule: Normalisation) -> Tensor:
         # Numbers instead of tensors: much cheaper for single samples.
         neutral = (rule.mean[0], rule.std[0]) == (0, 1)
         return floats if neutral else floats.sub_(rule.mean[0]).div_(rule.std[0])
-    mean = torch.tensor(rule.mean, dtype=torch.float32)[:, None, None]
-    std = torch.tensor(rule.std, dtype=torch.float32)[:, None, None]
+    mean = torch.tensor(rule.mean, dtype=torch.float32, device=pixels.device)[:, None, None]
+    std = torch.tensor(rule.std, dtype=torch.float32, device=pixels.device)[:, None, None]
     return floats.sub_(mean).div_(std)
 
 
@@ -73,7 +73,8 @@ class LazyImages(Dataset[tuple[Tensor, int]]):
     ) -> None:
         self._images = images
         self._indices = indices
-        self._normalisation = normalisation
+        #: Pixels to floats.
+        self.normalisation = normalisation
         outside = None if order is None else order == BLACK
         self._order = None if order is None else order.clamp(min=0)
         self._outside = outside if outside is not None and bool(outside.any()) else None
@@ -87,7 +88,8 @@ class LazyImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """One sample: float32 [channels, height, width] and its label."""
-        return self._prepare(self._images[self._positions[index]][None])[0], self._labels[index]
+        pixels = self._ordered(self._images[self._positions[index]][None])
+        return normalise(pixels, self.normalisation)[0], self._labels[index]
 
     def as_tensors(self, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """All samples, or some, at once; equal to stacking single ones.
@@ -99,18 +101,26 @@ class LazyImages(Dataset[tuple[Tensor, int]]):
             Images float32 [m, channels, height, width] and labels int64 [m].
         """
         if indices is None:
-            return self._prepare(self._images[self._indices]), self.targets.clone()
-        return self._prepare(self._images[self._indices[indices]]), self.targets[indices]
+            return normalise(self.pixels(), self.normalisation), self.targets.clone()
+        return normalise(self.pixels(indices), self.normalisation), self.targets[indices]
 
-    def _prepare(self, pixels: Tensor) -> Tensor:
+    def pixels(self, indices: Tensor | None = None) -> Tensor:
+        """All samples, or some, before normalisation: uint8 [m, channels, height, width].
+
+        Args:
+            indices: positions within this dataset, int64; None takes all, in order.
+        """
+        return self._ordered(self._images[self._indices if indices is None else self._indices[indices]])
+
+    def _ordered(self, pixels: Tensor) -> Tensor:
         # Ordering bytes instead of floats moves a quarter of the memory; normalised pixel by pixel (one mean
         # for all) it is the same.
-        if self._order is not None:
-            flat = pixels.flatten(1)[:, self._order]
-            if self._outside is not None:
-                flat.masked_fill_(self._outside, 0)
-            pixels = flat.reshape(pixels.shape)
-        return normalise(pixels, self._normalisation)
+        if self._order is None:
+            return pixels
+        flat = pixels.flatten(1)[:, self._order]
+        if self._outside is not None:
+            flat.masked_fill_(self._outside, 0)
+        return flat.reshape(pixels.shape)
 
 
 @dataclass(frozen=True)
