@@ -24,7 +24,7 @@ unit: venv
 	$(BIN)/python -m pytest -n 2
 
 compare: venv
-	$(BIN)/python -m benchmarks compare digits-split digits-permuted --methods naive,ewc,replay,gpm,joint --seeds 0,1,2
+	$(BIN)/python -m benchmarks compare digits-split digits-permuted
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

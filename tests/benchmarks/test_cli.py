@@ -189,7 +189,18 @@ def test_an_interruption_keeps_the_finished_runs(tmp_path, monkeypatch):
 def test_lists_name_everything():
     listing = CliRunner().invoke(app, ["list"], env={"COLUMNS": "200"})
     assert listing.exit_code == 0
-    for word in ("digits-split", "pmnist-gpm", "cifar100-gpm", "naive", "gpm"):
+    for word in (
+        "digits-split",
+        "pmnist-gpm",
+        "cifar100-logd",
+        "rmnist-logd",
+        "pmnist-ogd",
+        "naive",
+        "gem",
+        "agem",
+        "logd",
+        "ogd",
+    ):
         assert word in listing.stdout
     one = CliRunner().invoke(app, ["list", "cifar100-gpm"], env={"COLUMNS": "200"})
     assert one.exit_code == 0
