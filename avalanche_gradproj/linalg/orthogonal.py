@@ -2,6 +2,9 @@
 
 The vectors v_1 .. v_r of length p are the rows of V [r, p], so that removing what they span from g costs two passes
 over V, `g - V^T (V g)`, and nothing has to be known on the host.
+
+Beside them is kept how the vectors that came are made of them, G = B V with a lower triangular B [r, r]: their
+structure can then be found again, which makes removing their span cheaper (`linalg/rank_one.py`).
 """
 
 from __future__ import annotations
@@ -28,15 +31,21 @@ class OrthonormalRows:
     `||V V^T - I||` stays near the rounding of the matrix's type however often vectors are added: all sums are in
     float64, every vector is orthogonalised twice, and only the result is rounded.
 
+    Memory: count^2 numbers in float64 besides the matrix, for the triangle.
+
     Args:
         length: p, numbers in a vector.
         dtype: type of the matrix, float32 or float64.
         device: where it lives.
     """
 
+    #: B, or None; also of objects pickled before there was one.
+    _triangle: Tensor | None = None
+
     def __init__(self, length: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
         self.count = 0
         self._matrix = torch.empty(0, length, dtype=dtype, device=device)
+        self._triangle = _no_triangle(self._matrix.device)
 
     @property
     def rows(self) -> Tensor:
@@ -50,8 +59,18 @@ class OrthonormalRows:
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the matrix, rows without a vector among them."""
-        return self._matrix.numel() * self._matrix.element_size()
+        """Bytes of the matrix, rows without a vector among them, and of the triangle."""
+        triangle = 0 if self._triangle is None else self._triangle.numel() * self._triangle.element_size()
+        return self._matrix.numel() * self._matrix.element_size() + triangle
+
+    @property
+    def triangle(self) -> Tensor | None:
+        """B [count, count], lower triangular with a positive diagonal, in float64; None where it is not known.
+
+        The vectors that were added, each divided by its length, dropped ones left out, are the rows of B V: the QR
+        decomposition of those vectors as columns, with R = B^T. They are met up to the rounding of V's last rows.
+        """
+        return self._triangle
 
     def reserve(self, capacity: int) -> None:
         """Make room for so many vectors in all: while it copies, old and new matrix exist at once."""
@@ -63,6 +82,8 @@ class OrthonormalRows:
     def truncate(self, count: int) -> None:
         """Drop the vectors behind the first `count`."""
         self.count = min(self.count, count)
+        if self._triangle is not None:
+            self._triangle = self._triangle[: self.count, : self.count].clone()
 
     def add(self, vectors: Tensor) -> int:
         """Orthonormalise vectors against the rows and among themselves, in order, and append them.
@@ -85,8 +106,11 @@ class OrthonormalRows:
         before = self.count
         self.reserve(before + len(vectors))
         for block in vectors.split(max(1, min(BLOCK_VECTORS, WIDE_NUMBERS // max(1, self.length)))):
-            fresh = self._orthonormalised(block)
+            fresh, inside, among = self._orthonormalised(block)
             self._matrix[self.count : self.count + len(fresh)] = fresh
+            if self._triangle is not None:
+                above = torch.cat([self._triangle, self._triangle.new_zeros(self.count, len(fresh))], dim=1)
+                self._triangle = torch.cat([above, torch.cat([inside, among], dim=1)])
             self.count += len(fresh)
         return self.count - before
 
@@ -117,42 +141,64 @@ class OrthonormalRows:
         wider = OrthonormalRows(length, dtype=self._matrix.dtype, device=self._matrix.device)
         wider._matrix = self._matrix.new_zeros(self.count, length)
         wider._matrix[:, positions.to(self._matrix.device)] = self.rows
-        wider.count = self.count
+        wider.count, wider._triangle = self.count, self._triangle
         return wider
 
     def to(self, *, dtype: torch.dtype, device: torch.device) -> OrthonormalRows:
         """Return the vectors in another type or on another device; the same object where nothing changes."""
         if (self._matrix.dtype, self._matrix.device) == (dtype, device):
             return self
-        return OrthonormalRows.of(self.rows.to(dtype=dtype, device=device))
+        return OrthonormalRows.of(self.rows.to(dtype=dtype, device=device), self._triangle)
 
     @staticmethod
-    def of(rows: Tensor) -> OrthonormalRows:
-        """Return the basis whose vectors are the given orthonormal rows [count, length]; the tensor is taken over."""
+    def of(rows: Tensor, triangle: Tensor | None = None) -> OrthonormalRows:
+        """Return the basis whose vectors are given.
+
+        Args:
+            rows: V [count, length], orthonormal; the tensor is taken over.
+            triangle: B [count, count]; None where it is not known, and then not known for vectors added later either.
+        """
         basis = OrthonormalRows(rows.shape[1], dtype=rows.dtype, device=rows.device)
         basis._matrix, basis.count = rows.contiguous(), rows.shape[0]
+        if triangle is not None:
+            basis._triangle = triangle.to(dtype=accumulation_dtype(rows.device), device=rows.device)
+        elif basis.count:
+            basis._triangle = None
         return basis
 
-    def _orthonormalised(self, block: Tensor) -> Tensor:
+    def _orthonormalised(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Q [k, length], what is left of the k vectors that are kept, and B's new rows in two parts.
+
+        These are `inside` [k, count] and `among` [k, k]: the kept vectors, of length 1, are inside V + among Q.
+        """
         fresh = block.to(accumulation_dtype(block.device), copy=True)
         lengths = fresh.norm(dim=1, keepdim=True)
         fresh /= torch.where(lengths > 0, lengths, torch.ones_like(lengths))
         tolerance = DEPENDENT_ROUNDINGS * torch.finfo(self._matrix.dtype).eps
+        inside = fresh.new_zeros(len(fresh), self.count)
+        among = torch.eye(len(fresh), dtype=fresh.dtype, device=fresh.device)
         for _ in range(2):  # what cancels leaves a trace of the old vectors that one pass does not see
-            self._remove_wide(fresh)
-            kept = 0
-            for vector in fresh:
-                earlier = fresh[:kept]
-                rest = vector - (earlier @ vector) @ earlier
+            removed = self._remove_wide(fresh)
+            weights = fresh.new_zeros(len(fresh), len(fresh))
+            kept: list[int] = []
+            for place, vector in enumerate(fresh):
+                earlier = fresh[: len(kept)]
+                along = earlier @ vector
+                rest = vector - along @ earlier
                 left = float(rest.norm())
+                weights[place, : len(kept)] = along
                 if left > tolerance:
-                    fresh[kept] = rest / left
-                    kept += 1
-            fresh = fresh[:kept]
-        return fresh
+                    weights[place, len(kept)] = left
+                    fresh[len(kept)] = rest / left
+                    kept.append(place)
+            # The vectors of this pass are removed V + weights Q.
+            inside = (inside + among @ removed)[kept]
+            among = (among @ weights)[kept, : len(kept)]
+            fresh = fresh[: len(kept)]
+        return fresh, inside, among
 
-    def _remove_wide(self, fresh: Tensor) -> None:
-        """Remove the span of V from float64 rows in place, a panel of V at a time in float64."""
+    def _remove_wide(self, fresh: Tensor) -> Tensor:
+        """Remove the span of V from float64 rows X in place, a panel of V at a time, and return X V^T [k, count]."""
         step = max(1, WIDE_NUMBERS // max(1, self.count))
         inside = fresh.new_zeros(len(fresh), self.count)
         for begin in range(0, self.length, step):
@@ -160,3 +206,8 @@ class OrthonormalRows:
         for begin in range(0, self.length, step):
             panel = self.rows[:, begin : begin + step].to(fresh.dtype)
             fresh[:, begin : begin + step].addmm_(inside, panel, alpha=-1)
+        return inside
+
+
+def _no_triangle(device: torch.device) -> Tensor | None:
+    return torch.zeros(0, 0, dtype=accumulation_dtype(device), device=device)

@@ -97,8 +97,12 @@ class FlatMemory:
     """Orthonormal vectors V over named parameters, concatenated.
 
     Parameters that come later, and later rows of ones that grow, were not there when the vectors were taken: the
-    vectors are zero there. Memory: 4 p bytes a vector in float32, p the numbers of all these parameters.
+    vectors are zero there. Memory: 4 p bytes a vector in float32, p the numbers of all these parameters, and 8 r^2
+    bytes for the triangle of r vectors (`OrthonormalRows.triangle`).
     """
+
+    #: How training removes the span: one of `linalg.rank_one.PROJECTIONS`; all compute the same.
+    projection = "auto"
 
     def __init__(self) -> None:
         #: Parameter name -> shape, in the order of the vector.
@@ -169,12 +173,14 @@ class FlatMemory:
         self.shapes = shapes
 
     def state(self) -> dict[str, Any]:
-        """Return names, shapes and a copy of the vectors [count, p], on the host."""
+        """Return names, shapes and copies of the vectors [count, p] and their triangle, if it is known, on the host."""
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        return {"shapes": shapes, "vectors": self.vectors.rows.detach().cpu().clone()}
+        state = {"shapes": shapes, "vectors": self.vectors.rows.detach().cpu().clone()}
+        triangle = self.vectors.triangle
+        return state if triangle is None else {**state, "triangle": triangle.detach().cpu().clone()}
 
     def load(self, state: Any) -> None:
-        """Take the vectors of a state.
+        """Take the vectors of a state, and their triangle, which older states do not have.
 
         Raises:
             StateError: if it is no such state, or over other parameters than those already here; nothing changes then.
@@ -190,13 +196,33 @@ class FlatMemory:
                 f"the state's vectors are {list(vectors.shape)} {vectors.dtype}, expected [count, {_length(shapes)}] "
                 "for its parameters: it is damaged"
             )
+        triangle = state.get("triangle")
+        _check_triangle(triangle, len(vectors))
         for name, shape in self.shapes.items():
             if shapes.get(name) != shape:
                 found = list(shapes[name]) if name in shapes else "nothing"
                 raise StateError(
                     f"the state is of another model: for parameter {name!r} it holds {found}, expected {list(shape)}"
                 )
-        self.shapes, self.vectors = shapes, OrthonormalRows.of(vectors.detach().clone())
+        triangle = None if triangle is None else triangle.detach().clone()
+        self.shapes, self.vectors = shapes, OrthonormalRows.of(vectors.detach().clone(), triangle)
+
+
+def _check_triangle(triangle: Any, count: int) -> None:
+    """Refuse what cannot be the triangle of so many vectors: its rows have length 1, its diagonal is positive."""
+    if triangle is None:
+        return
+    good = isinstance(triangle, Tensor) and triangle.shape == (count, count) and triangle.is_floating_point()
+    if not good or not bool(
+        torch.equal(triangle, triangle.tril())
+        and (triangle.diagonal() > 0).all()
+        and ((triangle.double().norm(dim=1) - 1).abs() < 1e-3).all()
+    ):
+        what = f"{list(triangle.shape)} {triangle.dtype}" if isinstance(triangle, Tensor) else type(triangle).__name__
+        raise StateError(
+            f"the state's triangle is damaged: {what} came, expected a lower triangular [{count}, {count}] with a "
+            "positive diagonal and rows of length 1"
+        )
 
 
 def _length(shapes: dict[str, tuple[int, ...]]) -> int:

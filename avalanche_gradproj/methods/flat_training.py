@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from avalanche_gradproj.layers.norm import held_statistics
 from avalanche_gradproj.linalg.orthogonal import OrthonormalRows
+from avalanche_gradproj.linalg.rank_one import Projection, choose
 from avalanche_gradproj.methods.flat import FlatMemory
 from avalanche_gradproj.methods.optimizers import gradient_suffices
 
@@ -25,7 +26,10 @@ class FlatTraining:
     A parameter that does not train (it takes no gradient, or the optimizer does not have it) cannot take part in a
     step: the vectors are then restricted to the others and orthonormalised anew, in a copy.
 
-    Memory: a copy of the covered parameters (`W_start`).
+    Where vectors are mostly outer products (gradients of one sample in linear layers), their span is removed through
+    these: the same projection in less time (`linalg.rank_one.choose`, once at the start).
+
+    Memory: a copy of the covered parameters (`W_start`), and the factors of outer products.
 
     Args:
         model: the model in training.
@@ -62,7 +66,10 @@ class FlatTraining:
         self.resting = [name for name in memory.shapes if name not in active]
         self._parameters: list[nn.Parameter] = []
         self._vectors: OrthonormalRows | None = None
+        self._projection: Projection | None = None
         self._start: Tensor | None = None
+        #: What is to be said about this training.
+        self.notes = [f"projection acts on: {apply_to}"]
         if memory.vectors.count and active:
             self._restrict(memory, active)
             self._start = self._flatten(self._parameters)
@@ -77,6 +84,11 @@ class FlatTraining:
             rows = torch.cat([memory.vectors.rows[:, place] for _, place in pieces], dim=1)
             self._vectors = OrthonormalRows(rows.shape[1], dtype=rows.dtype, device=rows.device)
             self._vectors.add(rows)
+            # What it is made of are parts of V, not of gradients: no outer products.
+            self._vectors = OrthonormalRows.of(self._vectors.rows)
+        chosen = choose(self._vectors, [memory.shapes[name] for name, _ in pieces], memory.projection)
+        self._projection = chosen.projection
+        self.notes.append(f"projection: {chosen.note}")
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -93,12 +105,12 @@ class FlatTraining:
 
         A parameter without a gradient counts as one with a gradient of zeros, and gets its part of the projection.
         """
-        if self._vectors is None or self.apply_to != "gradient":
+        if self._projection is None or self.apply_to != "gradient":
             return
         gradients = [parameter.grad for parameter in self._parameters]
         if all(gradient is None for gradient in gradients):
             return
-        projected = self._pieces(self._vectors.remove(self._flatten(gradients)))
+        projected = self._pieces(self._projection.remove(self._flatten(gradients)))
         for parameter, gradient, piece in zip(self._parameters, gradients, projected, strict=True):
             if gradient is None or gradient.is_sparse:
                 parameter.grad = piece.to(parameter.dtype, copy=True)
@@ -113,10 +125,10 @@ class FlatTraining:
             self._return_to_subspace()
 
     def _return_to_subspace(self) -> None:
-        if self._vectors is None or self._start is None:
+        if self._projection is None or self._start is None:
             return
         change = self._flatten(self._parameters) - self._start
-        allowed = self._start + self._vectors.remove(change)
+        allowed = self._start + self._projection.remove(change)
         torch._foreach_copy_([parameter.detach() for parameter in self._parameters], self._pieces(allowed))
 
     @torch.no_grad()
@@ -161,9 +173,9 @@ class FlatTraining:
     def _project_momentum(self, optimizer: Optimizer) -> None:
         """Project what the optimizer remembers of directions that were still allowed before."""
         buffers = [optimizer.state.get(parameter, {}).get("momentum_buffer") for parameter in self._parameters]
-        if self._vectors is None or all(held is None for held in buffers):
+        if self._projection is None or all(held is None for held in buffers):
             return
-        projected = self._pieces(self._vectors.remove(self._flatten(buffers)))
+        projected = self._pieces(self._projection.remove(self._flatten(buffers)))
         for parameter, piece in zip(self._parameters, projected, strict=True):
             optimizer.state[parameter]["momentum_buffer"] = piece.to(parameter.dtype, copy=True)
 

@@ -42,8 +42,8 @@ class OrthogonalGradientDescent(GradientTransform):
     `g <- g - V^T (V g)`, so that, to first order, the remembered logits stay. Every parameter that takes a gradient is
     covered, scale and shift of norm layers among them, but for task heads: other experiences give them no gradient.
 
-    Memory: 4 p bytes a stored gradient (8 p in float64), p the numbers of all covered parameters, in one matrix; while
-    it grows, after an experience, the old and the new one exist at once. In training besides 4 p bytes.
+    Memory: 4 p bytes a stored gradient (8 p in float64), p the numbers of all covered parameters, in one matrix, and
+    8 r^2 for r of them; while it grows, after an experience, the old and the new one exist at once. See docs/ogd.md.
 
     Departures from the paper: steps of any optimizer are handled (`apply_to`), running statistics of BatchNorm are
     held (`batchnorm`), each gradient is orthogonalised twice, memory can be bounded.
@@ -53,7 +53,7 @@ class OrthogonalGradientDescent(GradientTransform):
             nothing at all.
         target: `"gtl"`: the logit of each sample's true class; `"ave"`: the mean of its logits; `"all"`: every one of
             its logits that depends on the covered parameters, of as many samples as give `n_gradients`.
-        max_bytes: bytes of stored gradients at most; None for no bound. It must hold the gradients of one experience;
+        max_bytes: bytes of the matrix at most; None for no bound. It must hold the gradients of one experience;
             once it is full, further ones are not stored, the old ones are kept, and a warning names their number.
         include: patterns of parameters to cover (see `methods.flat.cover_flat`).
         exclude: patterns of parameters to leave alone.
@@ -114,7 +114,7 @@ class OrthogonalGradientDescent(GradientTransform):
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the matrix of stored gradients."""
+        """Bytes of the matrix of stored gradients, and of the triangle that says what it is made of."""
         return self._memory.vectors.bytes_held
 
     def required_samples(self) -> int | None:
@@ -281,7 +281,7 @@ class OrthogonalGradientDescent(GradientTransform):
         vectors = self._memory.vectors
         held = f"{vectors.count} orthonormal gradients over {self._memory.length} parameters: {self.bytes_held} bytes"
         statistics = statistics_notes(model, held=self.batchnorm == "freeze" and self.n_gradients > 0)
-        acts = [] if self._training is None else [f"projection acts on: {self._training.apply_to}"]
+        acts = [] if self._training is None else self._training.notes
         self._report = Report(tuple(rows), (held, *statistics, *acts, *notes))
 
     def _state(self) -> dict[str, Any]:

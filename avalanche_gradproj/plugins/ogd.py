@@ -22,7 +22,8 @@ class OGDPlugin(GradientTransformPlugin):
     and `exclude` override both. `report()` lists every parameter and its treatment.
 
     Memory: 4 p bytes a stored gradient, p the numbers of all covered parameters (a network of a million parameters and
-    200 gradients: 800 MB an experience); `max_bytes` bounds it. A step costs two passes over that memory.
+    200 gradients: 800 MB an experience); `max_bytes` bounds that matrix. A step costs two passes over it, or a few
+    small matrix products where most parameters are weights of Linear layers (`linalg.rank_one`).
 
     Args:
         n_gradients: gradients stored of an experience. 0 does nothing: training is bit for bit that of the strategy

@@ -126,11 +126,11 @@ def test_old_rows_stay_bit_for_bit_and_reserved_room_is_used():
     held, place = basis.rows.clone(), basis.rows.data_ptr()
     basis.add(torch.randn(4, 20))
     assert basis.rows.data_ptr() == place
-    assert basis.bytes_held == 8 * 20 * 4
+    assert basis.bytes_held == 8 * 20 * 4 + 8 * 8 * 8  # the triangle in float64
     basis.add(torch.randn(3, 20))
     assert torch.equal(basis.rows[:4], held)
     assert basis.rows.is_contiguous()
-    assert (basis.count, basis.bytes_held) == (11, 11 * 20 * 4)
+    assert (basis.count, basis.bytes_held) == (11, 11 * 20 * 4 + 11 * 11 * 8)
     basis.truncate(4)
     assert torch.equal(basis.rows, held)
 
@@ -146,3 +146,65 @@ def test_embedded_puts_entries_where_they_are_asked():
 def test_vectors_of_another_length_are_refused():
     with pytest.raises(ConfigurationError, match=r"\(2, 4\) came, expected \[k, 5\]"):
         OrthonormalRows(5).add(torch.ones(2, 4))
+
+
+def unit(vectors):
+    wide = vectors.double().numpy()
+    return wide / np.linalg.norm(wide, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("wide", [110, 2**22])
+def test_the_triangle_gives_back_the_vectors_that_came(monkeypatch, dtype, wide):
+    """Against numpy's QR decomposition of the kept vectors, whatever the blocks, with dependent ones among them."""
+    monkeypatch.setattr(orthogonal, "WIDE_NUMBERS", wide)
+    first, second = 5 * torch.randn(9, 50, dtype=dtype) + 3, torch.randn(12, 50, dtype=dtype)
+    basis = OrthonormalRows(50, dtype=dtype)
+    assert basis.triangle.shape == (0, 0)
+    assert basis.add(torch.cat([first[:5], 2 * first[1:3] - first[:2], first[5:]])) == 9
+    assert basis.add(torch.cat([first[:2] + first[3:5], second, torch.zeros(1, 50, dtype=dtype)])) == 12
+    vectors, triangle = unit(torch.cat([first, second])), basis.triangle
+    assert triangle.dtype == torch.float64
+    assert torch.equal(triangle, triangle.tril())
+    tolerance = 3e-7 if dtype == torch.float32 else 1e-14
+    np.testing.assert_allclose(triangle.numpy() @ basis.rows.double().numpy(), vectors, atol=tolerance)
+    upper = np.linalg.qr(vectors.T)[1]
+    expected = (upper * np.sign(np.diag(upper))[:, None]).T
+    np.testing.assert_allclose(triangle.numpy(), expected, atol=100 * tolerance)
+
+
+def test_the_triangle_follows_the_vectors():
+    vectors = torch.randn(8, 20, dtype=torch.float64)
+    basis = OrthonormalRows(20, dtype=torch.float64)
+    basis.add(vectors)
+    whole = basis.triangle.clone()
+    assert torch.equal(basis.to(dtype=torch.float32, device=torch.device("cpu")).triangle, whole)
+    assert torch.equal(basis.embedded(torch.arange(3, 23), 30).triangle, whole)
+    again = OrthonormalRows.of(basis.rows.clone(), whole.clone())
+    basis.truncate(5)
+    assert torch.equal(basis.triangle, whole[:5, :5])
+    basis.add(vectors[5:])
+    np.testing.assert_allclose(basis.triangle.numpy(), whole.numpy(), atol=1e-14)
+    more = torch.randn(2, 20, dtype=torch.float64)
+    again.add(more)
+    np.testing.assert_allclose((again.triangle @ again.rows)[8:].numpy(), unit(more), atol=1e-14)
+
+
+def test_vectors_of_unknown_making_have_no_triangle_and_get_none():
+    basis = OrthonormalRows.of(torch.eye(4)[:2])
+    assert basis.triangle is None
+    assert basis.bytes_held == 2 * 4 * 4
+    basis.add(torch.randn(1, 4))
+    basis.truncate(2)
+    assert basis.triangle is None
+    assert OrthonormalRows.of(torch.empty(0, 4)).triangle is not None  # nothing is unknown of no vectors
+
+
+def test_objects_pickled_before_there_was_a_triangle_have_none():
+    basis = OrthonormalRows(4)
+    basis.add(torch.randn(2, 4))
+    state = {key: value for key, value in basis.__dict__.items() if key != "_triangle"}
+    old = OrthonormalRows.__new__(OrthonormalRows)
+    old.__dict__.update(state)
+    assert old.triangle is None
+    assert old.add(torch.randn(1, 4)) == 1
