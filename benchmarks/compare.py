@@ -225,7 +225,8 @@ def check_method(job: Job, stream: Stream) -> None:
             needed = plugin.method.required_samples()
             if needed is not None and needed > smallest:
                 argument = plugin.method.samples_argument
-                raise InputError(f"{argument}={needed}: {job.protocol.name} has experiences of {smallest} samples")
+                name = f"{job.method} on {job.protocol.name}"
+                raise InputError(f"{name}: {argument}={needed}: there are experiences of {smallest} samples")
     except GradProjError as error:
         raise InputError(f"{job.method} on {job.protocol.name}: {' '.join(str(error).split())}") from error
 

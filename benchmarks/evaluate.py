@@ -62,6 +62,11 @@ def _shuffled(dataset: LazyImages) -> tuple[Tensor, Tensor]:
     return _PUT_TOGETHER[dataset]
 
 
+def forget() -> None:
+    """Let go of the datasets that were put together: at the end of a run."""
+    _PUT_TOGETHER.clear()
+
+
 def logits(model: nn.Module, images: Tensor, task: int) -> Tensor:
     """Apply a network to a batch of one task, [batch, units]."""
     return avalanche_forward(model, images, torch.full((len(images),), task, device=images.device))

@@ -35,7 +35,7 @@ class ReplaySettings:
         mem_size: samples in the memory, all experiences together.
     """
 
-    mem_size: int = setting(200, minimum=1)
+    mem_size: int = setting(200, minimum=2)
 
 
 @dataclass(frozen=True)

@@ -135,12 +135,16 @@ class MaskedOutputs(MultiTaskModule):
         """
         logits = self.network(x)
         if task_labels is None:
-            return {task: logits.masked_fill(own, MASKED) for task, own in enumerate(self.others)}
-        return logits.masked_fill(self.others[task_labels], MASKED)
+            return {task: _masked(logits, own) for task, own in enumerate(self.others)}
+        return _masked(logits, self.others[task_labels])
 
     def forward_single_task(self, x: Tensor, task_label: int) -> Tensor:
         """Logits with those of all tasks but one masked, [batch, n_outputs]."""
-        return self.network(x).masked_fill(self.others[task_label], MASKED)
+        return _masked(self.network(x), self.others[task_label])
+
+
+def _masked(logits: Tensor, others: Tensor) -> Tensor:
+    return logits.masked_fill(others, max(MASKED, torch.finfo(logits.dtype).min))
 
 
 def _mlp_trunk(stream: Stream, hidden: int) -> nn.Sequential:

@@ -5,6 +5,7 @@ The same job twice gives the same file but for times and memory. A file appears 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -81,23 +82,27 @@ def run(job: Job, data: sources.ImageData, report: progress.Report = progress.si
     Returns:
         The result, ready for JSON.
     """
+    gc.collect()  # strategies and plugins refer to each other: what the last run held would count as this one's
     memory = resources.PeakMemory(job.device)
     memory.start()
     began = time.perf_counter()
-    with resources.reproducible(job.seed):
-        stream = build_stream(job.protocol, data, job.seed)
-        # Drawn on the CPU, so that a seed means the same weights on every device.
-        model = build_model(job.protocol.model, stream, job.protocol.hidden).to(job.device)
-        strategy, plugins = _strategy(job, stream, model, report)
-        matrix: list[list[float]] = []
-        train_seconds = 0.0
-        parts = [stream.benchmark.train_stream] if find_method(job.method).joint else stream.benchmark.train_stream
-        for part in parts:
-            start = time.perf_counter()
-            strategy.train(part)
-            _synchronise(job.device)
-            train_seconds += time.perf_counter() - start
-            matrix.append(evaluate.accuracies(strategy.model, stream, job.protocol.test_batch, job.device))
+    try:
+        with resources.reproducible(job.seed):
+            stream = build_stream(job.protocol, data, job.seed)
+            # Drawn on the CPU, so that a seed means the same weights on every device.
+            model = build_model(job.protocol.model, stream, job.protocol.hidden).to(job.device)
+            strategy, plugins = _strategy(job, stream, model, report)
+            matrix: list[list[float]] = []
+            train_seconds = 0.0
+            parts = [stream.benchmark.train_stream] if find_method(job.method).joint else stream.benchmark.train_stream
+            for part in parts:
+                start = time.perf_counter()
+                strategy.train(part)
+                _synchronise(job.device)
+                train_seconds += time.perf_counter() - start
+                matrix.append(evaluate.accuracies(strategy.model, stream, job.protocol.test_batch, job.device))
+    finally:
+        evaluate.forget()
     peak, kind = memory.stop()
     reports = [plugin.report() for plugin in plugins if hasattr(plugin, "report")]
     return {

@@ -20,7 +20,8 @@ class Sampling:
         valid_rule: `first` takes the first samples in order; `random` shuffles with `seed` first.
         train_limit: at most so many training samples an experience, a random choice; 0 keeps all.
         draw_rule: `same`: experiences over the same images choose the same ones; `each`: every experience draws
-            its own, as the code of the GEM family does (the i-th `torch.randperm` after the seed).
+            its own, as the code of the GEM family does for experiences of equal size (the i-th `torch.randperm` after
+            the seed); validation samples are then the first of them, whatever `valid_rule` says.
         seed: for the random choices; they depend on nothing else.
     """
 

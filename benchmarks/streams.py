@@ -2,7 +2,7 @@
 
 Every experience is a view on one shared uint8 tensor: an index list and, for permutations and rotations, an order
 of the pixels. Normalised floats exist only for the samples being looked at, so ten permutations of MNIST take the
-memory of one.
+memory of one to train on (to be evaluated, each takes another byte a pixel for the time of a run: `evaluate.py`).
 """
 
 from __future__ import annotations

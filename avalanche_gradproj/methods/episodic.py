@@ -39,9 +39,11 @@ class EpisodicMemory:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ConfigurationError(f"seed={seed!r}: give an integer")
         try:
-            self.device = None if device is None else torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise ConfigurationError(f"memory_device={device!r}: give a device, 'cpu' or 'cuda'") from error
+            self.device = None if device is None else torch.empty(0, device=device).device
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise ConfigurationError(
+                f"memory_device={device!r}: give a device that this machine has, 'cpu' or 'cuda' ({error})"
+            ) from error
         self.size, self.selection, self.seed = size, selection, seed
         #: Experiences seen, also by a memory that keeps nothing.
         self.experiences = 0
@@ -68,22 +70,28 @@ class EpisodicMemory:
         return sum(part.numel() * part.element_size() for part in parts)
 
     def observe(self, batch: Any) -> None:
-        """Take note of a mini-batch of training; with `"last"` the most recent ones are held until `add`.
+        """Take note of a mini-batch of training, before the model sees it.
+
+        With `"last"` copies of the most recent ones are held until `add`; otherwise it is only looked at, so that what
+        could not be kept is refused before the first step.
 
         Args:
-            batch: (inputs, targets) or (inputs, targets, ..., task labels); held as it is, not copied.
+            batch: (inputs, targets) or (inputs, targets, ..., task labels).
 
         Raises:
-            DataError: for elements that are no tensors.
+            DataError: for elements that are no tensors, or of different lengths.
         """
-        if self.selection != "last" or self.size == 0:
+        if self.size == 0:
             return
-        self._seen.append(_tensors(batch))
+        parts = _tensors(batch)
+        if self.selection != "last":
+            return
+        self._seen.append(tuple(part.clone() for part in parts))
         while self._count_seen() - len(self._seen[0][0]) >= self.size:
             self._seen.popleft()
 
     def forget(self) -> None:
-        """Let go of the mini-batches seen, at the beginning of an experience."""
+        """Let go of the mini-batches seen: at the beginning of an experience, where the last one was broken off."""
         self._seen.clear()
 
     def _count_seen(self) -> int:
@@ -135,6 +143,13 @@ class EpisodicMemory:
         seen = sum(len(part[0]) for part in parts)
         if seen < self.size:
             raise DataError(f"{seen} samples came and patterns_per_exp={self.size} are to be kept: give more data")
+        kinds = {tuple((tuple(element.shape[1:]), element.dtype) for element in part) for part in parts}
+        if len(kinds) > 1:
+            shapes = ", ".join(str([list(shape) for shape, _ in kind]) for kind in sorted(kinds, key=str))
+            raise DataError(
+                f"the mini-batches of experience {self.experiences} have samples of different kinds ({shapes}): they "
+                "must be of one shape and type to be kept"
+            )
         columns = [torch.cat(column)[: self.size].detach().clone() for column in zip(*parts, strict=True)]
         if columns[0].is_floating_point() and not bool(torch.isfinite(columns[0]).all()):
             raise NonFiniteError(
@@ -159,7 +174,8 @@ class EpisodicMemory:
     def state(self) -> dict[str, Any]:
         """Return everything as tensors and numbers, on the host."""
         samples = [[None if part is None else part.detach().cpu().clone() for part in own] for own in self._samples]
-        return {"experiences": self.experiences, "patterns_per_exp": self.size, "samples": samples}
+        seen = [[part.cpu().clone() for part in own] for own in self._seen]
+        return {"experiences": self.experiences, "patterns_per_exp": self.size, "samples": samples, "seen": seen}
 
     def place(self, device: torch.device) -> None:
         """Move all samples to a device, unless the memory was given one of its own."""
@@ -185,12 +201,15 @@ class EpisodicMemory:
         loaded: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for index, sample in enumerate(state["samples"]):
             whole = isinstance(sample, list | tuple) and len(sample) == 3
-            if not whole or any(not isinstance(part, Tensor) or len(part) != self.size for part in sample[:2]):
+            own = [] if not whole else list(sample[:2]) + ([] if sample[2] is None else [sample[2]])
+            if not whole or any(not isinstance(part, Tensor) or len(part) != self.size for part in own):
                 raise StateError(
                     f"the state's samples of experience {index} are damaged: expected inputs, targets and task labels "
                     f"of {self.size} samples"
                 )
-            if self._samples and sample[0].shape != self._samples[0][0].shape:
+            if sample[0].is_floating_point() and not bool(torch.isfinite(sample[0]).all()):
+                raise StateError(f"the state's inputs of experience {index} hold an infinity or a NaN: it is damaged")
+            if self._joined is not None and sample[0].shape != self._samples[0][0].shape:
                 raise StateError(
                     f"the state's inputs of experience {index} have shape {tuple(sample[0].shape)}, those here "
                     f"{tuple(self._samples[0][0].shape)}: the state is of other data"
@@ -203,18 +222,28 @@ class EpisodicMemory:
                 f"the state has learned {state['experiences']} experiences and holds samples of "
                 f"{len(state['samples'])}: there is no memory for an old experience"
             )
+        seen = state.get("seen", [])
+        whole = isinstance(seen, list) and all(isinstance(part, list | tuple) and len(part) >= 2 for part in seen)
+        if not whole or not all(isinstance(element, Tensor) for part in seen for element in part):
+            raise StateError("the state's 'seen' is damaged: expected mini-batches of tensors")
         self._keep(loaded)
+        self._seen = deque(tuple(element.clone() for element in part) for part in seen)
         self.experiences = state["experiences"]
 
 
 def _tensors(batch: Any) -> tuple[Tensor, ...]:
     """Return inputs, targets and, where there are any, task labels of a mini-batch."""
-    if isinstance(batch, Tensor) or len(batch) < 2:
-        raise DataError("the memory needs batches (inputs, targets) or (inputs, targets, task labels)")
+    if not isinstance(batch, list | tuple) or len(batch) < 2:
+        raise DataError(
+            f"the memory needs batches (inputs, targets) or (inputs, targets, task labels), not {type(batch).__name__}"
+        )
     part = (batch[0], batch[1]) if len(batch) == 2 else (batch[0], batch[1], batch[-1])
     if not all(isinstance(element, Tensor) for element in part):
         kinds = ", ".join(type(element).__name__ for element in part)
         raise DataError(f"the memory keeps tensors, the batch holds ({kinds}): collate them to tensors")
+    if len({len(element) if element.dim() else 0 for element in part}) > 1:
+        shapes = ", ".join(str(list(element.shape)) for element in part)
+        raise DataError(f"inputs, targets and task labels of a batch have shapes {shapes}: expected one entry a sample")
     return tuple(element.detach() for element in part)
 
 

@@ -40,6 +40,10 @@ class LayerwiseGradientDecomposition(GradientTransform):
                 optimizer.step()
         logd.consolidate(model, [(x[chosen], y[chosen])])  # chosen = logd.draw(len(x)), x and y of the experience
 
+    With `selection="last"` the loop calls `logd.observe((x, y))` before each forward pass, consolidates with
+    `logd.consolidate(model, [])`, and, where it begins an experience anew, calls `logd.memory.forget()` first. With a
+    gradient scaler, `scaler.unscale_(optimizer)` comes before `transform`: the official variant's margin has a scale.
+
     At every step, from the second experience on, the gradient of each old experience is taken on its memory at the
     current weights, and each block of the mini-batch's gradient becomes that of `methods.logd.logd_update`. All
     parameters that take a gradient are decomposed, heads and norm layers too. What the mini-batch gives no gradient
@@ -114,8 +118,9 @@ class LayerwiseGradientDecomposition(GradientTransform):
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the memory and, while an experience is trained, of the gradients."""
-        return self.memory.bytes_held + (0 if self._gradients is None else self._gradients.bytes_held)
+        """Bytes of the memory and, while an experience is trained, of the gradients and of what the model is lent."""
+        training = 0 if self._gradients is None else self._gradients.bytes_held
+        return self.memory.bytes_held + training + (0 if self._old is None else self._old.bytes_lent)
 
     def required_samples(self) -> int | None:
         """Return `patterns_per_exp`, None without a memory."""
@@ -229,6 +234,10 @@ class LayerwiseGradientDecomposition(GradientTransform):
         if self._report is None:
             raise StateError("LOGD has seen no model yet: the report is there from the start of the first experience")
         return self._report
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the experience in training: it refers to the model, and cannot be pickled."""
+        return {**self.__dict__, "_gradients": None, "_old": None, "_finite": None}
 
     def _release(self) -> None:
         self._gradients = self._old = self._finite = None

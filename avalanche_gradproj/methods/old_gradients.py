@@ -11,7 +11,7 @@ over all samples does: the backward pass stops at the layers' outputs, and a wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,9 +35,18 @@ TRIAL_SAMPLES, TRIAL_ERROR = 4, 1e-3
 
 
 @contextmanager
-def untouched_statistics(model: nn.Module) -> Iterator[None]:
-    """Normalise as in training, by the statistics of the batch, and leave running ones as they are."""
-    norms = [module for module in tracked_norms(model).values() if module.training and module.track_running_stats]
+def untouched_statistics(model: nn.Module, modes: Mapping[nn.Module, bool] | None = None) -> Iterator[None]:
+    """Normalise as in training, by the statistics of the batch, and leave running ones as they are.
+
+    Args:
+        model: the model.
+        modes: module -> whether it will be in training mode; default: as it is now.
+    """
+    norms = [
+        module
+        for module in tracked_norms(model).values()
+        if module.track_running_stats and (module.training if modes is None else modes[module])
+    ]
     try:
         for module in norms:
             module.track_running_stats = False  # type: ignore[assignment]
@@ -69,6 +78,8 @@ class OldGradients:
         self._device = blocks.rows.device
         self._batch_norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._split: SplitPass | None = None
+        #: What the model is lent in place of the memory: it may write into its input.
+        self._lent: dict[int, tuple[tuple[Tensor, ...], list[int]]] = {}
         #: Why every experience takes a pass of its own, empty where one pass does.
         self.reason = ""
         self._run_once()
@@ -104,28 +115,55 @@ class OldGradients:
         with torch.no_grad():
             self._blocks.put(experience, dict(zip(names, gradients, strict=True)))
 
-    def _batch(self, experience: int, count: int | None = None) -> tuple[Tensor, ...]:
-        sample = self._memory[experience]
-        return tuple(part[:count].to(self._device, non_blocking=True) for part in sample if part is not None)
+    @property
+    def bytes_lent(self) -> int:
+        """Bytes of copies of the samples, which the model is run on."""
+        return sum(part.numel() * part.element_size() for parts, _ in self._lent.values() for part in parts)
+
+    def _batch(self, experience: int) -> tuple[Tensor, ...]:
+        return self._lend(experience, self._memory[experience])
+
+    def _few(self, experience: int) -> tuple[Tensor, ...]:
+        parts = (part for part in self._memory[experience] if part is not None)
+        return tuple(part[:TRIAL_SAMPLES].clone().to(self._device) for part in parts)
 
     def _joined(self) -> tuple[tuple[Tensor, ...], int]:
-        joined = self._memory.joined or ()
-        return tuple(part.to(self._device, non_blocking=True) for part in joined if part is not None), len(self._memory)
+        return self._lend(-1, self._memory.joined or ()), len(self._memory)
+
+    def _lend(self, key: int, sample: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """Return a sample on the model's device, as it was however the model has treated what it was lent."""
+        own = tuple(part for part in sample if part is not None)
+        if own and own[0].device != self._device:
+            return tuple(part.to(self._device, non_blocking=True) for part in own)
+        if key not in self._lent:
+            parts = tuple(part.clone() for part in own)
+            self._lent[key] = parts, [part._version for part in parts]
+        parts, versions = self._lent[key]
+        for index, (part, original) in enumerate(zip(parts, own, strict=True)):
+            if part._version != versions[index]:  # known on the host: written into since
+                part.copy_(original)
+                versions[index] = part._version
+        return parts
 
     def _run_once(self) -> None:
-        """Run the model on a few samples of each experience, so that what cannot work fails before training."""
-        with undisturbed(self._model):
+        """Try the model on a few samples of each experience, so that what cannot work fails before training.
+
+        In training mode, in which the passes run; random states and statistics stay as they are.
+        """
+        modes = {module: module.training for module in self._model.modules()}
+        with undisturbed(self._model), untouched_statistics(self._model, modes):
+            for module, training in modes.items():
+                module.training = training
             for experience in range(len(self._memory)):
-                batch = self._batch(experience, TRIAL_SAMPLES)
+                batch = self._few(experience)
                 try:
-                    self._forward(self._model, batch)
-                except TypeError as error:
-                    if len(batch) > 2:
-                        raise
+                    self._criterion(self._forward(self._model, batch), batch[1])
+                except (TypeError, ValueError) as error:
+                    labels = "no task labels" if len(batch) == 2 else "task labels as the last of a batch"
                     raise ModelError(
-                        f"the model cannot run on the memory of experience {experience}, which holds no task labels "
-                        f"({error}): if it needs them, give batches (inputs, targets, task labels) and a forward that "
-                        "hands them on"
+                        f"the model cannot be trained on the memory of experience {experience}, which holds {labels} "
+                        f"({error}): if it needs task labels, give batches (inputs, targets, task labels) and a "
+                        "forward that hands them on"
                     ) from error
 
     def _try_single_pass(self) -> None:
@@ -144,11 +182,11 @@ class OldGradients:
     def _trial(self, split: SplitPass) -> str:
         """Compare both ways on a few samples of each experience, in evaluation mode; the rows are overwritten."""
         count, rows = len(self._memory), self._blocks.rows
-        batches = [self._batch(experience, TRIAL_SAMPLES) for experience in range(count)]
+        batches = [self._few(experience) for experience in range(count)]
         joined = tuple(torch.cat(column) for column in zip(*batches, strict=True))
         with undisturbed(self._model):
             try:
-                split.compute(self._blocks, joined, count)
+                split.compute(self._blocks, tuple(part.clone() for part in joined), count)
             except (ModelError, RuntimeError) as error:
                 return str(error)
             found = rows[:-1].clone()

@@ -12,8 +12,8 @@ from avalanche.models import IncrementalClassifier, MultiHeadClassifier
 from avalanche.models.cosine_layer import CosineIncrementalClassifier
 from torch import nn
 
-from avalanche_gradproj.errors import ConfigurationError, DataError
-from avalanche_gradproj.methods.base import GradientTransform
+from avalanche_gradproj.errors import ConfigurationError, DataError, StateError
+from avalanche_gradproj.methods.base import GradientTransform, Method
 from avalanche_gradproj.methods.report import Report
 
 #: Avalanche's task heads: they belong to one task, or grow with the classes.
@@ -25,13 +25,99 @@ def task_heads(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if name and isinstance(module, HEADS)]
 
 
-class GradientTransformPlugin(SupervisedPlugin):
-    """Runs a `GradientTransform` inside any Avalanche strategy.
+class MethodPlugin(SupervisedPlugin):
+    """Runs a method inside any Avalanche strategy: starts it before each experience and lets it learn after.
 
-    It starts the method before each experience, transforms gradients in `after_backward` and steps in
-    `after_update`, and consolidates in `after_training_exp`. In an online stream with `access_task_boundaries=True`,
-    whose experiences are pieces of larger ones, it consolidates after the last piece of each, on the whole of it;
-    without boundaries every piece is an experience of its own.
+    In an online stream with `access_task_boundaries=True`, whose experiences are pieces of larger ones, the method
+    consolidates after the last piece of each, on the whole of it; without boundaries every piece is an experience of
+    its own.
+
+    Args:
+        method: the core.
+        record_batch_size: samples in a mini-batch of the pass over the data after an experience.
+
+    Raises:
+        ConfigurationError: if `record_batch_size` is no positive integer.
+    """
+
+    def __init__(self, method: Method, *, record_batch_size: int = 128) -> None:
+        super().__init__()
+        if isinstance(record_batch_size, bool) or not isinstance(record_batch_size, int) or record_batch_size < 1:
+            raise ConfigurationError(f"record_batch_size={record_batch_size!r}: give a positive integer")
+        self.method = method
+        self.record_batch_size = record_batch_size
+        self._pieces = 0
+
+    def report(self) -> Report:
+        """Return what is done with every parameter; prints as a table.
+
+        Raises:
+            StateError: before the first experience began.
+        """
+        return self.method.report()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the method's state: tensors, numbers and names; between two pieces of an experience, also how many."""
+        return self.method.state_dict() | ({"pieces": self._pieces} if self._pieces else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state; unchanged if it is refused (`StateError`)."""
+        pieces = state.get("pieces", 0) if isinstance(state, dict) else 0
+        if isinstance(pieces, bool) or not isinstance(pieces, int) or pieces < 0:
+            raise StateError(f"the state's 'pieces' is {pieces!r:.80}, expected a number of pieces: it is damaged")
+        self.method.load_state_dict(
+            {key: value for key, value in state.items() if key != "pieces"} if pieces else state
+        )
+        self._pieces = pieces
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Start the method on the adapted model and the refreshed optimizer."""
+        needed = self.method.required_samples()
+        size = len(_whole(strategy.experience).dataset)
+        if needed is not None and size < needed:
+            argument = self.method.samples_argument
+            raise DataError(
+                f"experience {strategy.experience.current_experience} has {size} samples and {argument}={needed} are "
+                f"to be drawn from it: give {argument}<={size}"
+            )
+        self._start(strategy, size)
+
+    def _start(self, strategy: Any, size: int) -> None:
+        """Start the method on an experience of `size` samples."""
+        self.method.start(strategy.model, strategy.optimizer, heads=task_heads(strategy.model))
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Finish, and learn from the experience what later ones must respect."""
+        self.method.finish()
+        experience = strategy.experience
+        if _is_piece(experience):
+            # The stream's own mark of the last piece is missing where the pieces divide the experience evenly.
+            self._pieces = 1 if experience.is_first_subexp else self._pieces + 1
+            if not (experience.is_last_subexp or self._pieces == experience.sub_stream_length):
+                return
+            self._pieces = 0
+        held = strategy.mbatch
+
+        def forward(model: nn.Module, batch: Any) -> Any:
+            strategy.mbatch = batch
+            return strategy.forward()  # the strategy's own, which may know more than the model's inputs
+
+        dataset = _whole(experience).dataset.eval()
+        try:
+            self.method.consolidate(strategy.model, self._batches(dataset, strategy.device), forward=forward)
+        finally:
+            strategy.mbatch = held
+
+    def _batches(self, dataset: Any, device: torch.device) -> Iterator[list[Any]]:
+        """Yield the samples that the method draws, collated, on the device."""
+        chosen = self.method.draw(len(dataset)).tolist()
+        for begin in range(0, len(chosen), self.record_batch_size):
+            batch = dataset.collate_fn([dataset[i] for i in chosen[begin : begin + self.record_batch_size]])
+            yield [part.to(device) if isinstance(part, torch.Tensor) else part for part in batch]
+
+
+class GradientTransformPlugin(MethodPlugin):
+    """Runs a `GradientTransform`: gradients change in `after_backward`, steps in `after_update`.
 
     The method's hooks live only while `training_epoch` runs: Avalanche has no callback for an exception, so the
     plugin wraps that call, once an epoch, in the method's context.
@@ -44,42 +130,15 @@ class GradientTransformPlugin(SupervisedPlugin):
         ConfigurationError: if `record_batch_size` is no positive integer.
     """
 
+    method: GradientTransform
+
     def __init__(self, method: GradientTransform, *, record_batch_size: int = 128) -> None:
-        super().__init__()
-        if isinstance(record_batch_size, bool) or not isinstance(record_batch_size, int) or record_batch_size < 1:
-            raise ConfigurationError(f"record_batch_size={record_batch_size!r}: give a positive integer")
-        self.method = method
-        self.record_batch_size = record_batch_size
+        super().__init__(method, record_batch_size=record_batch_size)
         self._trusted = True
-        self._pieces = 0
-
-    def report(self) -> Report:
-        """Return what is done with every parameter; prints as a table.
-
-        Raises:
-            StateError: before the first experience began.
-        """
-        return self.method.report()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the method's state: tensors, numbers and names."""
-        return self.method.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state; unchanged if it is refused (`StateError`)."""
-        self.method.load_state_dict(state)
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Start the method on the adapted model and the refreshed optimizer."""
-        needed = self.method.required_samples()
-        size = len(_whole(strategy.experience).dataset)
-        if needed is not None and size < needed:
-            argument = self.method.samples_argument
-            raise DataError(
-                f"experience {strategy.experience.current_experience} has {size} samples and {argument}={needed} are "
-                f"to be drawn from it: give {argument}<={size}"
-            )
-        self.method.start(strategy.model, strategy.optimizer, heads=task_heads(strategy.model))
+        super().before_training_exp(strategy, *args, **kwargs)
         self._trusted = not _changes_gradients_before(self, strategy.plugins)
 
     def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -106,31 +165,7 @@ class GradientTransformPlugin(SupervisedPlugin):
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Finish, and learn from the experience what later ones must respect."""
         restore_epoch(strategy)
-        self.method.finish()
-        experience = strategy.experience
-        if _is_piece(experience):
-            # The stream's own mark of the last piece is missing where the pieces divide the experience evenly.
-            self._pieces = 1 if experience.is_first_subexp else self._pieces + 1
-            if not (experience.is_last_subexp or self._pieces == experience.sub_stream_length):
-                return
-        held = strategy.mbatch
-
-        def forward(model: nn.Module, batch: Any) -> Any:
-            strategy.mbatch = batch
-            return strategy.forward()  # the strategy's own, which may know more than the model's inputs
-
-        dataset = _whole(experience).dataset.eval()
-        try:
-            self.method.consolidate(strategy.model, self._batches(dataset, strategy.device), forward=forward)
-        finally:
-            strategy.mbatch = held
-
-    def _batches(self, dataset: Any, device: torch.device) -> Iterator[list[Any]]:
-        """Yield the samples that the method draws, collated, on the device."""
-        chosen = self.method.draw(len(dataset)).tolist()
-        for begin in range(0, len(chosen), self.record_batch_size):
-            batch = dataset.collate_fn([dataset[i] for i in chosen[begin : begin + self.record_batch_size]])
-            yield [part.to(device) if isinstance(part, torch.Tensor) else part for part in batch]
+        super().after_training_exp(strategy, *args, **kwargs)
 
 
 def _is_piece(experience: Any) -> bool:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
 from avalanche.models import avalanche_forward
 from avalanche.models.utils import is_multi_task_module
 from torch import Tensor, nn
 
-from avalanche_gradproj.errors import DataError
+from avalanche_gradproj.errors import ConfigurationError, DataError
 from avalanche_gradproj.methods.logd_core import LayerwiseGradientDecomposition
 from avalanche_gradproj.plugins.base import GradientTransformPlugin, _is_piece
 
@@ -50,7 +51,7 @@ class LOGDPlugin(GradientTransformPlugin):
         include: shell-style patterns of parameters or modules to decompose; default all.
         exclude: patterns of those to leave alone.
         selection: samples that are kept: `"random"`, or `"last"`: those seen last in training, as they were seen, with
-            training transforms (as the official code).
+            training transforms (as the official code); not beside replay, whose mini-batches hold other samples too.
         memory_device: where samples lie; None for the strategy's device.
         seed: of the generator that draws samples; the global random state is not touched by it.
 
@@ -92,18 +93,30 @@ class LOGDPlugin(GradientTransformPlugin):
         )
         super().__init__(method)
 
-    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Check the experience against the memory, take the strategy's criterion, and start the method."""
-        index = strategy.experience.current_experience
+    def before_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Check for task labels, before Avalanche adapts the model by them."""
         if is_multi_task_module(strategy.model) and not hasattr(strategy.experience, "task_labels"):
             raise DataError(
-                f"the forward of {type(strategy.model).__name__} needs task labels and experience {index} has none: "
-                "give a benchmark with task labels (with_task_labels), or a model without task heads"
+                f"the forward of {type(strategy.model).__name__} needs task labels and experience "
+                f"{strategy.experience.current_experience} has none: give a benchmark with task labels "
+                "(with_task_labels), or a model without task heads"
             )
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Take the strategy's criterion, and start the method."""
         self.method.criterion = strategy._criterion
         if not _is_piece(strategy.experience) or strategy.experience.is_first_subexp:
             self.method.memory.forget()
         super().before_training_exp(strategy, *args, **kwargs)
+
+    def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse mini-batches of which one cannot say whose samples they hold."""
+        if self.method.memory.selection == "last" and isinstance(strategy.dataloader, ReplayDataLoader):
+            raise ConfigurationError(
+                "selection='last': another plugin mixes samples of old experiences into the mini-batches, so that "
+                "those seen last are not the experience's own: give selection='random'"
+            )
+        super().before_training_epoch(strategy, *args, **kwargs)
 
     def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Take note of the mini-batch."""

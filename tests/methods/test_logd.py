@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -302,6 +303,10 @@ def test_report_and_bytes():
     samples = 3 * KEPT * (FEATURES * 4 + 8)
     decomposed = sum(p.numel() for p in model[1].parameters()) + model[5].weight.numel()
     assert logd.bytes_held == samples + (3 + 2) * decomposed * 4
+    F.cross_entropy(model(data(9)[0]), data(9)[1]).backward()
+    logd.transform()  # the model is lent copies of the samples
+    assert logd.bytes_held == 2 * samples + (3 + 2) * decomposed * 4
+    assert len(pickle.dumps(logd)) < 20 * samples + 20_000
     logd.finish()
     assert logd.bytes_held == samples
     included = learned(model, include=["1.*"]).report()
