@@ -10,10 +10,13 @@ from avalanche.models import SlimResNet18
 from sklearn.decomposition import PCA
 from torch import nn
 
+from avalanche_gradproj.linalg.orthogonal import OrthonormalRows
+from avalanche_gradproj.linalg.rank_one import choose
 from avalanche_gradproj.methods.episodic import EpisodicMemory
 from avalanche_gradproj.methods.gradient_blocks import GradientBlocks, partition
 from avalanche_gradproj.methods.logd import update_coefficients
 from avalanche_gradproj.methods.logd_core import LayerwiseGradientDecomposition
+from avalanche_gradproj.methods.logit_gradients import logit_gradients
 from avalanche_gradproj.methods.ogd import OrthogonalGradientDescent
 from avalanche_gradproj.methods.old_gradients import OldGradients
 from benchmarks.timing import Timing, in_turn
@@ -35,6 +38,9 @@ def measure(device: torch.device) -> Iterator[tuple[str, list[Timing]]]:
     yield f"A step of LOGD on the perceptron 784-100-100-10, batch {BATCH}, {PATTERNS} patterns each", logd_step(device)
     yield "The largest part of that: gradients of 19 old experiences", memory_pass(device)
     yield f"A step of OGD on the same perceptron, batch {BATCH}", ogd_step(device)
+    for count in VECTORS:
+        title = f"OGD's projection of a gradient of the same perceptron, {count} stored gradients"
+        yield title, ogd_projection(device, count)
 
 
 def logd_solve(device: torch.device) -> list[Timing]:
@@ -167,3 +173,22 @@ def ogd_step(device: torch.device) -> list[Timing]:
         method.start(model, torch.optim.SGD(model.parameters(), lr=0.0))
         variants[f"OGD, {method.vectors.shape[0]} gradients"] = _step(model, method.transform, device)
     return in_turn(variants, repeats=25)
+
+
+def ogd_projection(device: torch.device, count: int) -> list[Timing]:
+    """Removing the span of stored gradients from a vector: through outer products, and through V itself."""
+    torch.manual_seed(0)
+    model = perceptron().to(device)
+    names, shapes = zip(*((name, tuple(p.shape)) for name, p in model.named_parameters()), strict=True)
+    basis = OrthonormalRows(sum(p.numel() for p in model.parameters()), device=device)
+    for rows in logit_gradients(model, names, _images(count, device)):
+        basis.add(rows)
+    gradient = torch.randn(basis.length, device=device)
+    routes = {route: choose(basis, shapes, route).projection for route in ("auto", "dense")}
+
+    def remove(route: str) -> Callable[[], object]:
+        # Several at a time: what one route reads, the other has to read again.
+        return lambda: [routes[route].remove(gradient) for _ in range(10)]
+
+    timings = in_turn({"outer products": remove("auto"), "through V": remove("dense")}, repeats=15)
+    return [Timing(one.name, one.seconds / 10, one.ratio) for one in timings]
