@@ -10,8 +10,8 @@ from avalanche_gradproj.errors import (
     NonFiniteError,
     StateError,
 )
-from avalanche_gradproj.plugins import GPMPlugin, InMemoryDataPlugin, LOGDPlugin, OGDPlugin
-from avalanche_gradproj.strategies import GPM, LOGD, OGD
+from avalanche_gradproj.plugins import GPMPlugin, InMemoryDataPlugin, KFACLaplacePlugin, LOGDPlugin, OGDPlugin
+from avalanche_gradproj.strategies import GPM, LOGD, OGD, KFACLaplace
 
 try:
     __version__ = version("avalanche-gradproj")
@@ -27,6 +27,8 @@ __all__ = [
     "GPMPlugin",
     "GradProjError",
     "InMemoryDataPlugin",
+    "KFACLaplace",
+    "KFACLaplacePlugin",
     "LOGDPlugin",
     "ModelError",
     "NonFiniteError",

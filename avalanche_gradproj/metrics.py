@@ -2,7 +2,7 @@
 
     evaluator = EvaluationPlugin(accuracy_metrics(experience=True), *projection_metrics(), loggers=[...])
 
-All act once after each experience, and read what the strategy's projection plugin holds.
+All act once after each experience, and read what the strategy's plugins of this package hold.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 
-from avalanche_gradproj.plugins.base import GradientTransformPlugin
+from avalanche_gradproj.plugins.base import MethodPlugin
 
 #: Layer name -> value, read from a method after an experience; empty where the method does not have it.
 Reading = Callable[[Any], Mapping[str, float]]
 
 
 def _cores(strategy: Any) -> list[Any]:
-    return [plugin.method for plugin in strategy.plugins if isinstance(plugin, GradientTransformPlugin)]
+    return [plugin.method for plugin in strategy.plugins if isinstance(plugin, MethodPlugin)]
 
 
 class LayerMetric(PluginMetric[dict[str, float]]):
@@ -84,7 +84,8 @@ def _attribute(name: str) -> Reading:
 
 
 def _bytes(core: Any) -> dict[str, float]:
-    return {"all": float(core.bytes_held)}
+    by_experience = {f"of_Exp{i:03d}": float(n) for i, n in enumerate(getattr(core, "bytes_by_experience", ()))}
+    return {"all": float(core.bytes_held), **by_experience}
 
 
 def rank_metrics() -> LayerMetric:
@@ -116,7 +117,7 @@ def stray_metrics() -> LayerMetric:
 
 
 def memory_metrics() -> LayerMetric:
-    """Bytes that the method holds between experiences."""
+    """Bytes that the method holds between experiences; of penalties also what each experience added."""
     return LayerMetric("BytesHeld", _bytes)
 
 

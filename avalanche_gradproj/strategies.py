@@ -9,6 +9,7 @@ from typing import Any
 from avalanche.training.templates import SupervisedTemplate
 
 from avalanche_gradproj.plugins.gpm import GPMPlugin
+from avalanche_gradproj.plugins.kfac import KFACLaplacePlugin
 from avalanche_gradproj.plugins.logd import LOGDPlugin
 from avalanche_gradproj.plugins.ogd import OGDPlugin
 
@@ -78,3 +79,14 @@ class OGD(SupervisedTemplate):
 
     plugin: OGDPlugin
     __init__ = strategy_constructor(OGDPlugin)
+
+
+class KFACLaplace(SupervisedTemplate):
+    """Kronecker-factored online Laplace approximation (arXiv 1805.07810) as a strategy.
+
+    Takes the arguments of Avalanche's `SupervisedTemplate` and those of `KFACLaplacePlugin`; `strategy.plugin` is the
+    plugin. `eval_mb_size=None` means `train_mb_size`.
+    """
+
+    plugin: KFACLaplacePlugin
+    __init__ = strategy_constructor(KFACLaplacePlugin)

@@ -92,6 +92,13 @@ for _ in range(2):
     with gpm.experience(model, optimizer):
         torch.nn.functional.cross_entropy(model(x), y).backward(); gpm.transform(); optimizer.step(); gpm.after_step()
     gpm.consolidate(model, [x])
+from avalanche_gradproj.methods.kfac import KroneckerLaplace
+laplace = KroneckerLaplace()
+for _ in range(2):
+    with laplace.experience(model):
+        (torch.nn.functional.cross_entropy(model(x), y) + laplace.penalty()).backward(); optimizer.step()
+    laplace.consolidate(model, [x])
+assert laplace.experiences == 2 and laplace.bytes_held > 0
 assert gpm.experiences == 2 and gpm.bases[''][0].shape[0] == 5
 """
     subprocess.run([sys.executable, "-c", f"PACKAGE = {str(PACKAGE)!r}\n{code}"], check=True, timeout=120)

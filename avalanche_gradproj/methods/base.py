@@ -145,6 +145,44 @@ class Penalty(Method):
     """A method that adds a term to the loss: K-FAC Laplace, XK-FAC."""
 
     @abstractmethod
+    def start(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        heads: Sequence[str] = (),
+        samples: int | None = None,
+    ) -> None:
+        """Begin an experience; see `Method.start`.
+
+        Args:
+            model: the model; all its parameters for this experience exist.
+            optimizer: what will take the steps.
+            heads: names of modules that are heads of one task.
+            samples: samples of the experience, over which its loss is a mean; None for as many as the last one had.
+        """
+
+    @contextmanager
+    def experience(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        heads: Sequence[str] = (),
+        samples: int | None = None,
+    ) -> Iterator[None]:
+        """`start`, `active` and `finish` as one context, for plain PyTorch loops."""
+        self.start(model, optimizer, heads=heads, samples=samples)
+        with self.active():
+            yield
+        self.finish()
+
+    @property
+    @abstractmethod
+    def penalising(self) -> bool:
+        """Whether the experience in training has a penalty; where not, nothing needs to be added."""
+
+    @abstractmethod
     def penalty(self) -> Tensor:
         """Return the differentiable scalar to be added to the loss of a mini-batch."""
 

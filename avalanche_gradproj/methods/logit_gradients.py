@@ -84,21 +84,15 @@ def logit_gradients(
         NonFiniteError: if a logit or a gradient is infinite or NaN; for a gradient, naming the parameter.
     """
     route = Route() if route is None else route
-    x, y = _parts(batch)
-    wrapped = _Forward(model, forward)
-    parameters = dict(model.named_parameters())
-    chosen = {f"model.{name}": parameters[name] for name in names}
+    _, y = _parts(batch)
     with _evaluation(model):
-        logits = wrapped(batch)
+        logits = _Forward(model, forward)(batch)
     _check_logits(logits, y, target)
     samples, weights = _items(logits, y, target)
-    size = sum(parameter.numel() * max(4, parameter.element_size()) for parameter in chosen.values())
-    step = max(1, chunk_bytes // size)
-    for begin in range(0, len(samples), step):
-        own = slice(begin, begin + step)
-        with _evaluation(model):
-            found = _chunk(wrapped, chosen, batch, len(x), samples[own], weights[own], route)
-            rows = torch.cat([_widened(part).flatten(1) for part in found], dim=1)
+    for found in weighted_gradients(
+        model, names, batch, samples, weights, forward=forward, chunk_bytes=chunk_bytes, route=route
+    ):
+        rows = torch.cat([_widened(part).flatten(1) for part in found], dim=1)
         if not bool(torch.isfinite(rows).all()):
             bad = next((n for n, part in zip(names, found, strict=True) if not bool(part.isfinite().all())), "")
             raise NonFiniteError(
@@ -106,6 +100,44 @@ def logit_gradients(
                 "training has diverged (lower the learning rate) or the data holds one"
             )
         yield rows
+
+
+def weighted_gradients(
+    model: nn.Module,
+    names: Sequence[str],
+    batch: Sequence[Any],
+    samples: Tensor,
+    weights: Tensor,
+    *,
+    forward: Forward | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    route: Route | None = None,
+) -> Iterator[list[Tensor]]:
+    """Yield the gradients of given combinations of samples' logits, in chunks, as `logit_gradients` computes them.
+
+    Args:
+        model: the model.
+        names: parameters with respect to which gradients are taken.
+        batch: a tuple `(inputs, ...)`; tensors with as many entries as there are inputs are cut into samples.
+        samples: [m], which sample each combination is of.
+        weights: [m, classes], its weights.
+        forward: `forward(model, batch)` gives logits [n, classes]; default `model(batch[0])`.
+        chunk_bytes: bytes of a chunk of gradients at most; a single gradient may be larger.
+        route: remembers over several calls whether the model can be run batched.
+
+    Yields:
+        One tensor [k, *shape] a parameter; m rows in all.
+    """
+    route = Route() if route is None else route
+    wrapped, parameters = _Forward(model, forward), dict(model.named_parameters())
+    chosen = {f"model.{name}": parameters[name] for name in names}
+    size = sum(parameter.numel() * max(4, parameter.element_size()) for parameter in chosen.values())
+    step = max(1, chunk_bytes // size)
+    for begin in range(0, len(samples), step):
+        own = slice(begin, begin + step)
+        with _evaluation(model):
+            found = _chunk(wrapped, chosen, batch, len(batch[0]), samples[own], weights[own], route)
+        yield found
 
 
 @contextmanager

@@ -21,9 +21,9 @@ class ReportRow:
     Attributes:
         parameter: its full name.
         shape: its shape.
-        treatment: `"projected"`, `"frozen"` or `"left alone"`.
-        reason: why, where it is not projected.
-        layer: the layer that it belongs to, where it is projected.
+        treatment: `"projected"`, `"penalised"`, `"frozen"` or `"left alone"`.
+        reason: why, where it is not projected; what a penalty is made of.
+        layer: the layer that it belongs to, where it is projected or penalised.
         ranks: rank of the layer's basis, one a block.
         free_share: share of the layer's input dimensions that is still free, between 0 and 1.
     """

@@ -2,7 +2,8 @@
 
 from avalanche_gradproj.plugins.gpm import GPMPlugin
 from avalanche_gradproj.plugins.in_memory import InMemoryDataPlugin
+from avalanche_gradproj.plugins.kfac import KFACLaplacePlugin
 from avalanche_gradproj.plugins.logd import LOGDPlugin
 from avalanche_gradproj.plugins.ogd import OGDPlugin
 
-__all__ = ["GPMPlugin", "InMemoryDataPlugin", "LOGDPlugin", "OGDPlugin"]
+__all__ = ["GPMPlugin", "InMemoryDataPlugin", "KFACLaplacePlugin", "LOGDPlugin", "OGDPlugin"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from avalanche_gradproj import GPMPlugin, LOGDPlugin, OGDPlugin
+from avalanche_gradproj import GPMPlugin, KFACLaplacePlugin, LOGDPlugin, OGDPlugin
 from avalanche_gradproj.testing import MethodCase
 
 _BAD_GPM = [
@@ -71,6 +71,28 @@ def _logd(*args, **kwargs):
     return lambda: LOGDPlugin(*args, **kwargs)
 
 
+_BAD_KFAC = [
+    (lambda: KFACLaplacePlugin(-1.0), "strength=-1.0"),
+    (lambda: KFACLaplacePlugin([1.0, float("nan")]), "strength=nan"),
+    (lambda: KFACLaplacePlugin([]), "strength=[]"),
+    (lambda: KFACLaplacePlugin(float("inf")), "strength=inf"),
+    (lambda: KFACLaplacePlugin(True), "strength=True"),
+    (lambda: KFACLaplacePlugin(mode="both"), "mode='both'"),
+    (lambda: KFACLaplacePlugin(fisher="true"), "fisher='true'"),
+    (lambda: KFACLaplacePlugin(n_samples=0), "n_samples=0"),
+    (lambda: KFACLaplacePlugin(n_samples=[10]), "n_samples=[10]"),
+    (lambda: KFACLaplacePlugin(truncate=0.0), "truncate=0.0"),
+    (lambda: KFACLaplacePlugin(truncate=1.5), "truncate=1.5"),
+    (lambda: KFACLaplacePlugin(damping=-1e-3), "damping=-0.001"),
+    (lambda: KFACLaplacePlugin(seed=1.5), "seed=1.5"),
+    (lambda: KFACLaplacePlugin(record_batch_size=0), "record_batch_size=0"),
+]
+
+
+def _kfac(*args, **kwargs):
+    return lambda: KFACLaplacePlugin(*args, **kwargs)
+
+
 CASES = [
     MethodCase("gpm", _gpm(), neutral=_gpm(threshold=0), bad_arguments=_BAD_GPM),
     MethodCase("gpm-heads", _gpm(), neutral=_gpm(threshold=0), task_incremental=True),
@@ -94,4 +116,15 @@ CASES = [
         _logd(40, 1, selection="last", blocks="network"),
         optimizer=lambda p: torch.optim.Adam(p, lr=0.01),
     ),
+    MethodCase("kfac", _kfac(2.0), neutral=_kfac(0.0), bad_arguments=_BAD_KFAC),
+    MethodCase(
+        "kfac-online", _kfac([2.0, 1.0], mode="online", damping=1e-3), neutral=_kfac([0.0, 0.0, 0.0], mode="online")
+    ),
+    MethodCase("kfac-heads", _kfac(2.0, n_samples=40), neutral=_kfac(0), task_incremental=True),
+    MethodCase(
+        "kfac-adam",
+        _kfac(2.0, fisher="exact", truncate=0.8, mode="online"),
+        optimizer=lambda p: torch.optim.Adam(p, lr=0.01),
+    ),
+    MethodCase("kfac-empirical", _kfac(2.0, fisher="empirical", truncate=0.9, n_samples=20)),
 ]

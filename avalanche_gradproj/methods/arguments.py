@@ -1,0 +1,49 @@
+"""Checks of the arguments that several methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from avalanche_gradproj.errors import ConfigurationError, numbers
+
+
+def one_number(argument: str, given: Any, kind: type, expected: str, valid: Callable[[Any], bool]) -> Any:
+    """Return an argument that is one number; see `errors.numbers`.
+
+    Raises:
+        ConfigurationError: naming argument, what came and what was expected.
+    """
+    return numbers(argument, given, kind, expected, valid, one=True)[0]
+
+
+def optional_number(argument: str, given: Any, kind: type, expected: str, valid: Callable[[Any], bool]) -> Any:
+    """Return an argument that is one number or None.
+
+    Raises:
+        ConfigurationError: naming argument, what came and what was expected.
+    """
+    return None if given is None else one_number(argument, given, kind, f"{expected}, or None", valid)
+
+
+def strengths(given: Any) -> tuple[float, ...]:
+    """Return a method's strengths: one for all experiences, or one each.
+
+    Raises:
+        ConfigurationError: if one is negative, infinite or no number, or there is none.
+    """
+    plain = given.tolist() if hasattr(given, "tolist") else given
+    values = plain if isinstance(plain, list | tuple) else (plain,)
+    if not values:
+        raise ConfigurationError(f"strength={given!r}: give a number from 0, or one an experience")
+    return tuple(one_number("strength", v, float, "a number from 0, or one an experience", finite) for v in values)
+
+
+def finite(value: float) -> bool:
+    """Whether a number is neither negative nor infinite."""
+    return 0 <= value < float("inf")
+
+
+def share(value: float) -> bool:
+    """Whether a number lies above 0 and not above 1."""
+    return 0 < value <= 1

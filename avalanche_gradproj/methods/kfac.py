@@ -1,0 +1,283 @@
+"""Kronecker-factored Laplace approximation (Ritter, Botev, Barber; NeurIPS 2018, arXiv 1805.07810)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from avalanche_gradproj.errors import DataError, StateError, choice
+from avalanche_gradproj.layers.select import Coverage, cover
+from avalanche_gradproj.linalg.cross_entropy import FISHERS
+from avalanche_gradproj.methods.arguments import finite, one_number, optional_number, share, strengths
+from avalanche_gradproj.methods.base import Forward, Penalty
+from avalanche_gradproj.methods.kfac_factors import FactorPass
+from avalanche_gradproj.methods.kfac_labels import Criterion, check_criterion
+from avalanche_gradproj.methods.kfac_memory import MODES, CurvatureMemory
+from avalanche_gradproj.methods.kfac_model import curvature_of, penalty_of, recentred
+from avalanche_gradproj.methods.kfac_penalty import QuadraticPenalty
+from avalanche_gradproj.methods.kfac_report import laplace_report
+from avalanche_gradproj.methods.report import Report
+
+
+@dataclass
+class _Experience:
+    """The experience in training."""
+
+    penalty: QuadraticPenalty | None
+    zero: Tensor
+
+
+class KroneckerLaplace(Penalty):
+    """The core of K-FAC Laplace: a Gaussian posterior of the weights, with Kronecker factors, as the next prior.
+
+    In a plain loop::
+
+        laplace = KroneckerLaplace(strength=1.0)
+        for loader in loaders:
+            with laplace.experience(model, samples=len(loader.dataset)):
+                for x, y in loader:
+                    optimizer.zero_grad()
+                    (criterion(model(x), y) + laplace.penalty()).backward()
+                    optimizer.step()
+            laplace.consolidate(model, loader)
+
+    After experience t, with N_t samples, each layer's block of the Fisher matrix is approximated by B_t (x) A_t:
+    `A_t = E[a a^T]` over the rows a at its input (the bias sees a constant 1), `B_t = E[sum b b^T]` over samples, the
+    sum over a sample's rows, b the gradient of its loss at the layer's output. Later experiences minimise
+
+        mean loss + 1 / (2 N) sum_t strength_t N_t sum_layers <W - W_t*, B_t (W - W_t*) A_t + damping (W - W_t*)>
+
+    N the samples of the experience in training: with strength 1 that is, divided by N, minus the logarithm of the
+    posterior whose prior has the precision of the paper's recursion (equation 9 there, with lambda for `strength`).
+    Parameters of no matrix layer have the diagonal of their block instead.
+
+    Departures from the paper: see docs/kfac.md.
+
+    Args:
+        strength: lambda, at least 0: one for all experiences or one each; the last one holds for all further ones. 0
+            leaves an experience out; with 0 everywhere the method does nothing at all.
+        mode: `"separate"`, or `"online"`: one pair of factors a layer, averaged, centred on the last solution.
+        fisher: `"sampled"`: labels drawn from the model's prediction, one a sample; `"exact"`: all classes, a backward
+            pass each; `"empirical"`: the true labels, which gives no Fisher matrix.
+        n_samples: samples of an experience that are drawn for the factors; None for all. The weight stays N_t.
+        truncate: None, or a share in (0, 1]: see `linalg.kronecker.Factor.truncated`; factors stay whole where their
+            truncation would not make products cheaper.
+        damping: added to every eigenvalue of each experience's curvature of a sample, for every penalised parameter.
+        include: patterns of layers to cover (see `layers.select.cover`).
+        exclude: patterns of layers and parameters to leave alone.
+        seed: of the generator that draws samples and labels; the global random state is not touched.
+
+    Attributes:
+        criterion: the loss in use, None for a mean of cross-entropies; checked when an experience begins.
+        experiences: how many were learned.
+        bytes_by_experience: bytes that each of them added.
+
+    Raises:
+        ConfigurationError: for a value out of range or an unknown option.
+    """
+
+    name = "K-FAC Laplace"
+    state_version = 1
+
+    def __init__(
+        self,
+        strength: float | Sequence[float] = 1.0,
+        *,
+        mode: str = "separate",
+        fisher: str = "sampled",
+        n_samples: int | None = None,
+        truncate: float | None = None,
+        damping: float = 0.0,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        choice("mode", mode, MODES)
+        choice("fisher", fisher, FISHERS)
+        self.strength = strengths(strength)
+        self.mode, self.fisher = mode, fisher
+        self.n_samples: int | None = optional_number(
+            "n_samples", n_samples, int, "a positive integer", lambda v: v >= 1
+        )
+        self.truncate: float | None = optional_number("truncate", truncate, float, "a share above 0 and up to 1", share)
+        self.damping: float = one_number("damping", damping, float, "a number from 0", finite)
+        self.seed: int = one_number("seed", seed, int, "an integer from 0 to 2**31", lambda v: 0 <= v <= 2**31)
+        self.include, self.exclude = include, exclude
+        self.criterion: Criterion | None = None
+        self.experiences = 0
+        self.bytes_by_experience: list[int] = []
+        self._memory = CurvatureMemory(mode, self.truncate)
+        self._samples: int | None = None
+        self._last_samples: int | None = None
+        self._heads: tuple[str, ...] = ()
+        self._report: Report | None = None
+        self._training: _Experience | None = None
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all factors, diagonals and centres."""
+        return self._memory.bytes_held
+
+    @property
+    def penalising(self) -> bool:
+        """Whether the experience in training has a penalty."""
+        return self._training is not None and self._training.penalty is not None
+
+    def required_samples(self) -> int | None:
+        """Return `n_samples`, or None where the next experience is left out."""
+        return self.n_samples if self._strength() else None
+
+    def draw(self, size: int) -> Tensor:
+        """Draw the samples that the factors are to be made of.
+
+        Raises:
+            DataError: if there are fewer than `n_samples`.
+        """
+        wanted = self.required_samples()
+        if wanted is None:
+            return torch.arange(size)
+        if size < wanted:
+            raise DataError(
+                f"the experience has {size} samples and n_samples={wanted} are to be drawn: give n_samples<={size}"
+            )
+        return torch.randperm(size, generator=self._generator(0))[:wanted]
+
+    def start(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        heads: Sequence[str] = (),
+        samples: int | None = None,
+    ) -> None:
+        """Begin an experience; see `Method.start`.
+
+        Args:
+            model: the model.
+            optimizer: any.
+            heads: names of modules that are heads of one task.
+            samples: N, samples of the experience; None for as many as the last one had.
+
+        Raises:
+            ModelError: for a model that cannot be covered (`layers.select.cover`), or on several devices.
+            ConfigurationError: for patterns that match nothing, `samples`, or a criterion that `fisher` is not of.
+            StateError: if the model is not the one that the factors belong to.
+        """
+        samples = optional_number("samples", samples, int, "a positive integer", lambda v: v >= 1)
+        if self._strength():
+            check_criterion(self.criterion, self.fisher)
+        self._heads, self._samples = tuple(heads), samples
+        coverage = self._cover(model)
+        current = samples or self._last_samples
+        penalty = penalty_of(coverage, self._memory.forms, current or 1, self.damping)
+        first = next(iter(coverage.parameters.values()))
+        self._training = _Experience(penalty, torch.zeros((), device=first.device))
+        self._describe(model, coverage)
+
+    def active(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: no step needs a hook."""
+        return nullcontext()
+
+    def penalty(self) -> Tensor:
+        """Return the penalty at the present weights, a differentiable scalar; 0 where there is none yet.
+
+        Raises:
+            StateError: outside of an experience.
+        """
+        if self._training is None:
+            raise StateError("penalty() was called outside of an experience: use it inside `with experience(model)`")
+        return self._training.zero if self._training.penalty is None else self._training.penalty.value()
+
+    def finish(self) -> None:
+        """End the training of an experience: let go of the model."""
+        self._training = None
+
+    def consolidate(self, model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
+        """Take the factors of the experience just learned; after an error they are what they were.
+
+        The model runs in evaluation mode; modes, statistics, gradients and random states are left as they were.
+
+        Args:
+            model: the trained model.
+            batches: mini-batches: tensors, or tuples `(inputs, ...)`, for `"empirical"` `(inputs, targets, ...)`.
+            forward: runs the model on a batch and gives logits [n, classes]; default `model(inputs)`.
+
+        Raises:
+            DataError: for no samples, missing targets, or one sample alone where layers normalise by the mini-batch.
+            ModelError: if the model gives no logits, or a parameter's gradient cannot be told by sample.
+            NonFiniteError: for infinite values, naming the layer or parameter.
+        """
+        coverage = self._cover(model)
+        before, strength = self.bytes_held, self._strength()
+        if strength:
+            factors = FactorPass(
+                model,
+                coverage.units,
+                diagonal=coverage.frozen,
+                fisher=self.fisher,
+                generator=self._generator(1),
+                forward=forward,
+                criterion=self.criterion,
+            ).run(batches)
+            samples = self._samples or factors.samples
+            new = curvature_of(coverage, factors, strength * samples, known=self._known())
+            self._memory.add(new, recentred(coverage))
+            self._last_samples = samples
+        else:
+            self._memory.recentre(recentred(coverage))
+        self.bytes_by_experience.append(self.bytes_held - before)
+        self.experiences += 1
+        self._samples = None
+        self._describe(model, coverage)
+
+    def report(self) -> Report:
+        """Return what is done with every parameter of the model last seen.
+
+        Raises:
+            StateError: before the first experience began.
+        """
+        if self._report is None:
+            raise StateError(f"{self.name} has seen no model yet: the report is there once an experience has begun")
+        return self._report
+
+    def _strength(self) -> float:
+        return self.strength[min(self.experiences, len(self.strength) - 1)]
+
+    def _generator(self, purpose: int) -> torch.Generator:
+        """Return a generator that depends on `seed` and the number of experiences alone: a restart changes nothing."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + 2 * self.experiences + purpose)
+
+    def _cover(self, model: nn.Module) -> Coverage:
+        coverage = cover(model, include=self.include, exclude=self.exclude, heads=self._heads, keep=self._known())
+        self._memory.attach(coverage)
+        return coverage
+
+    def _known(self) -> frozenset[str]:
+        """Return the names of the layers that have factors."""
+        return frozenset(name for form in self._memory.forms for name in form.layers)
+
+    def _describe(self, model: nn.Module, coverage: Coverage) -> None:
+        kept = self._memory.forms, self.mode, self.fisher, self.bytes_by_experience
+        self._report = laplace_report(model, coverage, *kept)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "experiences": self.experiences,
+            "last_samples": self._last_samples,
+            "bytes": list(self.bytes_by_experience),
+            **self._memory.state(),
+        }
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        for key, kind in (("experiences", int), ("bytes", list), ("last_samples", int | None)):
+            if not isinstance(state.get(key), kind):
+                raise StateError(f"the state's {key!r} is {state.get(key)!r:.80}, expected {kind}: it is damaged")
+        self._memory.load(state)
+        self.experiences, self._last_samples = state["experiences"], state["last_samples"]
+        self.bytes_by_experience = list(state["bytes"])

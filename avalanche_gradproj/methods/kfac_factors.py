@@ -1,0 +1,258 @@
+"""One pass of data through a model: the Kronecker factors of every layer, and squared gradients of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from avalanche_gradproj.errors import DataError, ModelError, NonFiniteError
+from avalanche_gradproj.layers.record import undisturbed, watch
+from avalanche_gradproj.layers.scale import Scale, batch_dependent, scales_of, watch_scales
+from avalanche_gradproj.layers.unit import Unit
+from avalanche_gradproj.linalg.moment_sums import MomentSums
+from avalanche_gradproj.methods.base import Forward
+from avalanche_gradproj.methods.kfac_labels import Criterion, check_logits, directions_of
+from avalanche_gradproj.methods.logit_gradients import Route, weighted_gradients
+
+
+@dataclass
+class LayerSums:
+    """What one layer saw.
+
+    Attributes:
+        inputs: rows a at its input; their mean too, if asked for.
+        outputs: gradients b of the samples' losses at its output, one a row.
+        totals: sums of those gradients over each mini-batch, if asked for.
+    """
+
+    inputs: MomentSums
+    outputs: MomentSums
+    totals: MomentSums
+
+    def factors(self, samples: int) -> tuple[Tensor, Tensor] | None:
+        """Return A [blocks, d, d], the mean of a a^T over rows, and B [blocks, out, out], their sum of b b^T a sample.
+
+        None for a layer that was not called, or on which no loss depends.
+        """
+        left, right = self.outputs.moment(samples), self.inputs.moment(max(1, self.inputs.count))
+        return None if left is None or right is None else (right, left)
+
+
+@dataclass
+class FactorSums:
+    """What a pass gave.
+
+    Attributes:
+        samples: how many samples came.
+        layers: by layer name.
+        diagonal: parameter name -> sum over samples of its squared gradient, in float64.
+    """
+
+    layers: dict[str, LayerSums]
+    samples: int = 0
+    diagonal: dict[str, Tensor] = field(default_factory=dict)
+
+
+class FactorPass:
+    """Streams mini-batches through a model and sums up what Kronecker factors are made of.
+
+    The backward pass ends at the outputs of the layers: no gradient of a weight is formed.
+
+    Args:
+        model: left as it was: modes, gradients, statistics, random states.
+        units: the matrix layers.
+        diagonal: names of other parameters whose squared gradients are wanted. Scale and shift of normalisation layers
+            come with the same pass; any other kind needs one forward and backward pass a sample.
+        fisher: see `linalg.cross_entropy.logit_directions`. With `"exact"`, where samples influence each other in the
+            mini-batch, each direction gets a random sign a sample, so that their cross terms vanish on average.
+        generator: of drawn labels and signs, on the host.
+        forward: runs the model on a batch; default `model(batch)`, or `model(batch[0])` for a tuple.
+        criterion: mean loss of which `"empirical"` takes the gradient; None for cross-entropy.
+        means: sum up the layers' rows too.
+        totals: sum up each mini-batch's output gradients too.
+        context: in which the model runs; default evaluation mode, everything restored.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        *,
+        diagonal: Sequence[str] = (),
+        fisher: str = "sampled",
+        generator: torch.Generator | None = None,
+        forward: Forward | None = None,
+        criterion: Criterion | None = None,
+        means: bool = False,
+        totals: bool = False,
+        context: Callable[[nn.Module], AbstractContextManager[None]] = undisturbed,
+    ) -> None:
+        self._model, self._units, self._context = model, list(units), context
+        self._fisher, self._generator, self._criterion = fisher, generator, criterion
+        self._forward = forward
+        self._means, self._totals = means, totals
+        self._scales = scales_of(model, diagonal)
+        of_scales = {name for scale in self._scales for name in scale.parameters.values()}
+        self._others = [name for name in diagonal if name not in of_scales]
+        self._route = Route()
+        self.sums = FactorSums({u.name: LayerSums(*_moments(u)) for u in self._units})
+
+    def run(self, batches: Iterable[Any]) -> FactorSums:
+        """Add all mini-batches.
+
+        Args:
+            batches: tensors of samples, or tuples whose first element is one; `(inputs, targets, ...)` for
+                `"empirical"`.
+
+        Raises:
+            DataError: for no samples, missing or wrong targets, or one sample alone where layers normalise by batch.
+            ModelError: if the output is not logits [n, classes], or a parameter's gradient cannot be told by sample.
+            NonFiniteError: for infinite values, naming the layer or parameter.
+        """
+        with self._context(self._model):
+            coupled = batch_dependent(self._model)
+            if coupled and self._others:
+                raise ModelError(
+                    f"parameter {self._others[0]!r} belongs to no matrix or normalisation layer, so that its term "
+                    f"takes one pass a sample, and layer {coupled[0]!r} normalises by the mini-batch: exclude the "
+                    "parameter, or let the layer keep running statistics"
+                )
+            for batch in batches:
+                self._add(batch, coupled)
+        if self.sums.samples == 0:
+            raise DataError("no sample came, and the factors need some: give the batches of the experience")
+        self._refuse_non_finite()
+        return self.sums
+
+    def _add(self, batch: Any, coupled: list[str]) -> None:
+        size = len(batch if isinstance(batch, Tensor) else batch[0])
+        if size == 0:
+            return
+        if size == 1 and coupled:
+            raise DataError(
+                f"a mini-batch of one sample came, and layer {coupled[0]!r} normalises by the mini-batch: give batches "
+                "of two or more (another record_batch_size)"
+            )
+        calls: list[tuple[Unit, GradientEdge, slice]] = []
+        norms: list[tuple[Scale, Tensor, GradientEdge]] = []
+
+        def on_call(unit: Unit, x: Tensor, output: Tensor, columns: slice) -> Tensor:
+            for rows in unit.rows(x.detach()):
+                self.sums.layers[unit.name].inputs.update(rows, mean=self._means)
+            output = _own(output)
+            calls.append((unit, get_gradient_edge(output), columns))
+            return output
+
+        def on_scale(scale: Scale, x: Tensor, output: Tensor) -> Tensor:
+            output = _own(output)
+            norms.append((scale, x.detach(), get_gradient_edge(output)))
+            return output
+
+        with torch.enable_grad(), watch(self._units, on_call), watch_scales(self._scales, on_scale):
+            logits = self._run(batch)
+        check_logits(logits, size)
+        directions = list(
+            directions_of(logits, batch, self._fisher, self._generator, self._criterion, signs=bool(coupled))
+        )
+        edges = list({_key(edge): edge for edge in [call[1] for call in calls] + [norm[2] for norm in norms]}.values())
+        for index, direction in enumerate(directions if edges else ()):
+            last = index == len(directions) - 1
+            found = torch.autograd.grad(logits, edges, direction, retain_graph=not last, allow_unused=True)
+            gradients = {_key(edge): value for edge, value in zip(edges, found, strict=True)}
+            self._add_layers(calls, gradients)
+            self._add_scales(norms, gradients, size)
+        if self._others:
+            self._add_others(batch, size, directions)
+        self.sums.samples += size
+
+    def _run(self, batch: Any) -> Any:
+        if self._forward is not None:
+            return self._forward(self._model, batch)
+        return self._model(batch if isinstance(batch, Tensor) else batch[0])
+
+    def _add_layers(
+        self, calls: list[tuple[Unit, GradientEdge, slice]], gradients: Mapping[Any, Tensor | None]
+    ) -> None:
+        totals: dict[str, Tensor] = {}
+        for unit, edge, columns in calls:
+            gradient = gradients[_key(edge)]
+            if gradient is None:
+                continue
+            rows = unit.output_rows(gradient if columns == slice(None) else gradient[..., columns])
+            self.sums.layers[unit.name].outputs.update(rows)
+            if self._totals:
+                total = rows.sum(dim=1, keepdim=True)
+                totals[unit.name] = totals[unit.name] + total if unit.name in totals else total
+        for name, total in totals.items():
+            self.sums.layers[name].totals.update(total)
+
+    def _add_scales(
+        self, norms: list[tuple[Scale, Tensor, GradientEdge]], gradients: Mapping[Any, Tensor | None], size: int
+    ) -> None:
+        of_samples: dict[str, Tensor] = {}  # a layer that is called twice has one gradient a sample
+        for scale, x, edge in norms:
+            gradient = gradients[_key(edge)]
+            if gradient is not None:
+                for name, own in scale.sample_gradients(x, gradient, size).items():
+                    of_samples[name] = of_samples[name] + own if name in of_samples else own
+        for name, own in of_samples.items():
+            self._square(name, own)
+
+    def _add_others(self, batch: Any, size: int, directions: list[Tensor]) -> None:
+        forward, parts = self._forward, batch
+        if isinstance(batch, Tensor):
+            given, parts = forward, (batch,)
+            forward = None if given is None else lambda model, own: given(model, own[0])
+        samples = torch.arange(size, device=directions[0].device).repeat(len(directions))
+        weights = torch.cat(directions)
+        for found in weighted_gradients(
+            self._model, self._others, parts, samples, weights, forward=forward, route=self._route
+        ):
+            for name, own in zip(self._others, found, strict=True):
+                self._square(name, own)
+
+    def _square(self, name: str, gradients: Tensor) -> None:
+        """Add the squares of gradients [n, *shape]."""
+        wide = gradients.float() if gradients.element_size() < 4 else gradients
+        squares = wide.square().sum(0)
+        squares = squares if squares.device.type == "mps" else squares.double()
+        held = self.sums.diagonal.get(name)
+        self.sums.diagonal[name] = squares if held is None else held + squares
+
+    def _refuse_non_finite(self) -> None:
+        for name, layer in self.sums.layers.items():
+            for what, moments in (("its input", layer.inputs), ("its output's gradient", layer.outputs)):
+                moment = moments.moment(1.0)
+                if moment is not None and not bool(torch.isfinite(moment).all()):
+                    raise NonFiniteError(
+                        f"layer {name!r}: {what} holds an infinity or a NaN, so that its factor would not be positive "
+                        "semi-definite: training has diverged (lower the learning rate) or the data holds one"
+                    )
+        for name, squares in self.sums.diagonal.items():
+            if not bool(torch.isfinite(squares).all()):
+                raise NonFiniteError(
+                    f"parameter {name!r} has a gradient that is an infinity or a NaN: training has diverged (lower the "
+                    "learning rate) or the data holds one"
+                )
+
+
+def _moments(unit: Unit) -> tuple[MomentSums, MomentSums, MomentSums]:
+    blocks = unit.blocks
+    return MomentSums(blocks, unit.features), MomentSums(blocks, unit.out), MomentSums(blocks, unit.out)
+
+
+def _key(edge: GradientEdge) -> Any:
+    return edge.node, edge.output_nr
+
+
+def _own(output: Tensor) -> Tensor:
+    """Return an output whose place in the graph is safe from operations in place, and that takes a gradient."""
+    if not output.requires_grad:  # a layer whose weight takes none at present
+        return output.detach().requires_grad_().clone()
+    return output.clone() if output._is_view() else output

@@ -1,0 +1,62 @@
+"""When a penalty acts: its value joins the loss before the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from avalanche.models import MultiHeadClassifier
+from avalanche.models.cosine_layer import CosineIncrementalClassifier
+from torch import nn
+
+from avalanche_gradproj.methods.base import Penalty
+from avalanche_gradproj.plugins.base import MethodPlugin
+
+#: Heads that belong to one task: data of other tasks gives them no gradient. (Those of cosine layers, which grow by
+#: changing the names of their parameters, count among them.)
+OWN_HEADS = (MultiHeadClassifier, CosineIncrementalClassifier)
+
+
+def own_heads(model: nn.Module) -> list[str]:
+    """Return the names of a model's heads that belong to one task each.
+
+    An `IncrementalClassifier` of its own is shared by all experiences, and is not among them.
+    """
+    return [name for name, module in model.named_modules() if name and isinstance(module, OWN_HEADS)]
+
+
+class PenaltyPlugin(MethodPlugin):
+    """Runs a `Penalty`: added to `strategy.loss` before each backward pass, so that the loss that is logged holds it.
+
+    Args:
+        method: the core.
+        record_batch_size: samples in a mini-batch of the pass over the data after an experience.
+
+    Raises:
+        ConfigurationError: if `record_batch_size` is no positive integer.
+    """
+
+    method: Penalty
+
+    def __init__(self, method: Penalty, *, record_batch_size: int = 128) -> None:
+        super().__init__(method, record_batch_size=record_batch_size)
+
+    def _start(self, strategy: Any, size: int) -> None:
+        self.method.start(strategy.model, strategy.optimizer, heads=own_heads(strategy.model), samples=size)
+
+    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Add the penalty to the loss, where there is one."""
+        if self.method.penalising:
+            strategy.loss = strategy.loss + self.method.penalty()
+
+    def _batches(self, dataset: Any, device: torch.device) -> Iterator[list[Any]]:
+        """Yield the samples that the method draws; the last mini-batch of a few is not one sample alone."""
+        chosen, begin = self.method.draw(len(dataset)).tolist(), 0
+        while begin < len(chosen):
+            # A layer that normalises by the mini-batch cannot take one sample.
+            lone = len(chosen) - begin == self.record_batch_size + 1
+            end = begin + self.record_batch_size + lone
+            batch = dataset.collate_fn([dataset[i] for i in chosen[begin:end]])
+            yield [part.to(device) if isinstance(part, torch.Tensor) else part for part in batch]
+            begin = end

@@ -1,0 +1,283 @@
+"""K-FAC Laplace inside Avalanche: streams of every kind, the loss that is logged, heads, other plugins, metrics."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from avalanche.benchmarks.scenarios import class_incremental_benchmark
+from avalanche.benchmarks.scenarios.online import split_online_stream
+from avalanche.benchmarks.utils import DataAttribute
+from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
+from avalanche.evaluation.metrics import loss_metrics
+from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTaskModule
+from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, ReplayPlugin
+from avalanche.training.supervised import Naive
+from avalanche.training.templates import SupervisedTemplate
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from avalanche_gradproj import ConfigurationError, DataError, GPMPlugin, KFACLaplace, KFACLaplacePlugin, NonFiniteError
+from avalanche_gradproj.metrics import memory_metrics
+from avalanche_gradproj.testing import MethodCase, leftovers, strategy, stream
+
+CASE = MethodCase("kfac", KFACLaplacePlugin, optimizer=lambda p: torch.optim.SGD(p, lr=0.05))
+HEADS = MethodCase("kfac", KFACLaplacePlugin, optimizer=CASE.optimizer, task_incremental=True)
+
+
+class TaskHeads(MultiTaskModule):
+    """One hidden layer, a head a task."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(12, 16), MultiHeadClassifier(16, 4, masking=False)
+
+    def forward(self, x, task_labels):
+        return self.head(torch.relu(self.hidden(x)), task_labels)
+
+
+class Watch(SupervisedTemplate.PLUGIN_CLASS):
+    """Notes the loss before the backward pass, and the mean cross-entropy of the same mini-batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def before_backward(self, strategy, *args, **kwargs):
+        own = F.cross_entropy(strategy.mb_output, strategy.mb_y)
+        self.rows.append((strategy.clock.train_exp_counter, strategy.loss.item(), own.item()))
+
+
+def test_the_loss_holds_the_penalty_from_the_second_experience_on():
+    benchmark, plugin, watch = stream(), KFACLaplacePlugin(3.0), Watch()
+    learner = strategy(CASE, [plugin, watch])
+    for experience in benchmark.train_stream:
+        learner.train(experience)
+    first = [loss - own for index, loss, own in watch.rows if index == 0]
+    later = [loss - own for index, loss, own in watch.rows if index > 0]
+    assert first
+    assert not any(first)
+    assert min(later) >= 0
+    assert max(later) > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["separate", "online"])
+def test_weights_are_those_of_a_plain_loop(mode):
+    """The plugin adds timing alone: the core in a loop over the same mini-batches gives the same weights."""
+    benchmark, plugin = stream(), KFACLaplacePlugin(2.0, mode=mode, fisher="exact")
+    kwargs = {"train_mb_size": 48, "train_epochs": 2}
+    learner, plain = strategy(CASE, [plugin], **kwargs), strategy(CASE, [], **kwargs).model
+    laplace = KFACLaplacePlugin(2.0, mode=mode, fisher="exact").method
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
+    plain.double()
+    learner.model.double()
+    for experience in benchmark.train_stream:
+        x = torch.stack([experience.dataset[i][0] for i in range(48)]).double()
+        y = torch.tensor([int(experience.dataset[i][1]) for i in range(48)])
+        with laplace.experience(plain, samples=48):
+            for _ in range(2):
+                optimizer.zero_grad()
+                (F.cross_entropy(plain(x), y) + laplace.penalty()).backward()
+                optimizer.step()
+        laplace.consolidate(plain, [x])
+        data = ClassificationDataset([TensorDataset(x, y)], data_attributes=[DataAttribute(y.tolist(), "targets")])
+        whole = class_incremental_benchmark(
+            {"train": data, "test": data}, class_order=list(range(4)), num_experiences=1
+        )
+        learner.train(whole.train_stream[0])
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(learner.model.state_dict()[name], value, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["domain-incremental", "task-incremental"])
+def test_old_predictions_move_less(heads):
+    drifts = []
+    for strength in (0.0, 5.0):
+        benchmark = stream(task_labels=heads)
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+        model = TaskHeads() if heads else plain
+        learner = learning(model, [KFACLaplacePlugin(strength)], train_epochs=30)
+        learner.train(benchmark.train_stream[0])
+        learner.model.eval()
+        x = torch.stack([benchmark.train_stream[0].dataset[i][0] for i in range(48)])
+        labels = [torch.zeros(48, dtype=torch.long)] if heads else []
+        with torch.no_grad():
+            before = learner.model(x, *labels).softmax(1)
+        learner.train(benchmark.train_stream[1])
+        learner.model.eval()
+        with torch.no_grad():
+            after = learner.model(x, *labels)
+        drifts.append(F.kl_div(after.log_softmax(1), before, reduction="batchmean").item())
+    assert drifts[1] < 0.5 * drifts[0]
+
+
+def test_task_heads_are_left_alone_and_the_report_says_why():
+    benchmark, plugin = stream(task_labels=True), KFACLaplacePlugin()
+    learner = strategy(HEADS, [plugin])
+    for experience in benchmark.train_stream:
+        learner.train(experience)
+    row = plugin.report()["head.classifiers.0.classifier.weight"]
+    assert (row.treatment, row.reason) == ("left alone", "task head: data of other tasks gives it no gradient")
+    assert plugin.report()["body.scale"].reason == "diagonal"
+    assert plugin.report()["body.norm.bias"].treatment == "penalised"
+    assert len(plugin.method.bytes_by_experience) == 3
+
+
+def test_heads_that_are_included_hold_still_once_their_task_is_over():
+    benchmark = stream(task_labels=True)
+    plugin = KFACLaplacePlugin(include=["body.conv", "body.hidden", "head.*"], mode="online")
+    learner = strategy(HEADS, [plugin])
+    learner.train(benchmark.train_stream[0])
+    before = learner.model.head.classifiers["0"].classifier.weight.detach().clone()
+    learner.train(benchmark.train_stream[1])
+    assert "Kronecker" in plugin.report()["head.classifiers.0.classifier.weight"].reason
+    assert torch.equal(before, learner.model.head.classifiers["0"].classifier.weight)
+
+
+def class_incremental(n=120, features=12, classes=6):
+    torch.manual_seed(0)
+    targets = (torch.arange(n) % classes).tolist()
+    data = ClassificationDataset(
+        [TensorDataset(torch.randn(n, features), torch.tensor(targets))],
+        data_attributes=[DataAttribute(targets, "targets")],
+    )
+    return class_incremental_benchmark(
+        {"train": data, "test": data}, class_order=list(range(classes)), num_experiences=3
+    ).train_stream
+
+
+def learning(model, plugins, *, train_epochs=3):
+    return Naive(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        train_mb_size=10,
+        train_epochs=train_epochs,
+        eval_mb_size=10,
+        plugins=plugins,
+        evaluator=EvaluationPlugin(),
+    )
+
+
+def incremental(plugins, model=None):
+    return learning(model or nn.Sequential(nn.Linear(12, 16), nn.ReLU(), IncrementalClassifier(16, 2)), plugins)
+
+
+@pytest.mark.parametrize("mode", ["separate", "online"])
+def test_a_shared_head_that_grows_is_penalised(mode):
+    plugin, free = KFACLaplacePlugin(1.0, mode=mode, damping=1.0), KFACLaplacePlugin(0.0)
+    moved = []
+    for own in (plugin, free):
+        torch.manual_seed(1)
+        learner = incremental([own])
+        experiences = class_incremental()
+        learner.train(experiences[0])
+        old = learner.model[2].classifier.weight.detach().clone()
+        for experience in experiences[1:]:
+            learner.train(experience)
+        now = learner.model[2].classifier.weight.detach()
+        assert now.shape == (6, 16)
+        moved.append((now[:2] - old).norm().item())
+    assert moved[0] < 0.7 * moved[1]
+    assert plugin.report()["2.classifier.weight"].treatment == "penalised"
+
+
+def test_online_pieces_are_consolidated_once_an_experience():
+    plugin = KFACLaplacePlugin()
+    learner = incremental([plugin])
+    pieces = split_online_stream(class_incremental(), experience_size=10, access_task_boundaries=True)
+    for piece in pieces:
+        learner.train(piece)
+    assert plugin.method.experiences == 3
+    assert [form.weight for form in plugin.method._memory.forms] == [40.0, 40.0, 40.0]
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(8, [8] * 6), (47, [48]), (23, [23, 23, 2]), (1, [1] * 46 + [2])])
+def test_no_sample_is_alone_in_the_last_mini_batch(size, sizes):
+    plugin, seen = KFACLaplacePlugin(record_batch_size=size), []
+    dataset = stream().train_stream[0].dataset
+    for batch in plugin._batches(dataset, torch.device("cpu")):
+        seen.append(len(batch[0]))
+    assert seen == sizes
+
+
+def test_batch_statistics_without_running_ones():
+    def model():
+        norm = nn.BatchNorm1d(16, track_running_stats=False)
+        return nn.Sequential(nn.Linear(12, 16), norm, nn.ReLU(), IncrementalClassifier(16, 6))
+
+    incremental([KFACLaplacePlugin(record_batch_size=39)], model()).train(class_incremental()[0])  # 40 samples
+    with pytest.raises(DataError, match=r"layer '1' normalises by the mini-batch.*record_batch_size"):
+        incremental([KFACLaplacePlugin(record_batch_size=1)], model()).train(class_incremental()[0])
+
+
+def test_wrong_losses_and_too_few_samples_are_refused_before_training():
+    experience = stream().train_stream[0]
+    learner = strategy(CASE, [KFACLaplacePlugin()], criterion=nn.MSELoss())
+    before = [p.detach().clone() for p in learner.model.parameters()]
+    with pytest.raises(ConfigurationError, match=r"criterion MSELoss\(\)"):
+        learner.train(experience)
+    assert all(torch.equal(one, p) for one, p in zip(before, learner.model.parameters(), strict=True))
+    with pytest.raises(DataError, match="n_samples<=48"):
+        strategy(CASE, [KFACLaplacePlugin(n_samples=49)]).train(experience)
+    strategy(CASE, [KFACLaplacePlugin(fisher="empirical")]).train(experience)
+
+
+def test_diverged_training_names_the_cause():
+    case = MethodCase("kfac", CASE.make, optimizer=lambda p: torch.optim.SGD(p, lr=1e12))
+    plugin = KFACLaplacePlugin()
+    learner = strategy(case, [plugin])
+    with pytest.raises(NonFiniteError, match="lower the learning rate"):
+        learner.train(stream().train_stream[0])
+    assert plugin.method.experiences == 0
+    assert not leftovers(learner.model, learner)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_beside_other_plugins(first):
+    benchmark, plugin = stream(), KFACLaplacePlugin(2.0, truncate=0.9)
+    others = [ReplayPlugin(mem_size=20), EWCPlugin(ewc_lambda=0.5), GPMPlugin(threshold=0.6, n_samples=40)]
+    learner = strategy(CASE, [plugin, *others] if first else [*others, plugin])
+    for experience in benchmark.train_stream:
+        learner.train(experience)
+    assert all(torch.isfinite(p).all() for p in learner.model.parameters())
+    assert max(others[2].method.leak.values()) < 1e-4  # what was added to the loss is projected too
+
+
+def test_bytes_of_each_experience_are_a_metric_and_the_logged_loss_holds_the_penalty():
+    benchmark, plugin = stream(), KFACLaplacePlugin()
+    evaluator = EvaluationPlugin(memory_metrics(), loss_metrics(minibatch=True), loggers=[])
+    learner = strategy(CASE, [plugin], evaluator=evaluator)
+    for experience in benchmark.train_stream:
+        learner.train(experience)
+    logged = evaluator.get_all_metrics()
+    held = logged["BytesHeld/train_phase/train_stream/Exp002/all"][1][-1]
+    own = [logged[f"BytesHeld/train_phase/train_stream/Exp002/of_Exp{i:03d}"][1][-1] for i in range(3)]
+    assert held == sum(own) == plugin.method.bytes_held > 0
+    assert own == plugin.method.bytes_by_experience
+
+
+def test_the_strategy_is_the_plugin():
+    names = set(inspect.signature(KFACLaplacePlugin).parameters)
+    assert names <= set(inspect.signature(KFACLaplace).parameters)
+    weights = []
+    for ready in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+        kwargs = {
+            "model": model,
+            "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+            "train_mb_size": 8,
+            "evaluator": EvaluationPlugin(),
+        }
+        if ready:
+            learner = KFACLaplace(**kwargs, strength=2.0, mode="online")
+            assert learner.plugin.method.mode == "online"
+        else:
+            learner = Naive(**kwargs, plugins=[KFACLaplacePlugin(2.0, mode="online")])
+        for experience in stream().train_stream:
+            learner.train(experience)
+        weights.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
