@@ -80,6 +80,11 @@ class Method(ABC):
     def finish(self) -> None:
         """End the training of an experience: after it no reference to the model is held."""
 
+    def abandon(self) -> None:
+        """Let go of the model after training that was broken off; nothing is learned, and nothing is lost."""
+        if "_training" in self.__dict__:
+            self.__dict__["_training"] = None
+
     @abstractmethod
     def consolidate(self, model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
         """Learn from the finished experience what later ones must respect.
@@ -108,8 +113,12 @@ class Method(ABC):
     ) -> Iterator[None]:
         """`start`, `active` and `finish` as one context, for plain PyTorch loops."""
         self.start(model, optimizer, heads=heads)
-        with self.active():
-            yield
+        try:
+            with self.active():
+                yield
+        except BaseException:
+            self.abandon()
+            raise
         self.finish()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,8 +182,12 @@ class Penalty(Method):
     ) -> Iterator[None]:
         """`start`, `active` and `finish` as one context, for plain PyTorch loops."""
         self.start(model, optimizer, heads=heads, samples=samples)
-        with self.active():
-            yield
+        try:
+            with self.active():
+                yield
+        except BaseException:
+            self.abandon()
+            raise
         self.finish()
 
     @property

@@ -41,8 +41,8 @@ class LayerwiseGradientDecomposition(GradientTransform):
         logd.consolidate(model, [(x[chosen], y[chosen])])  # chosen = logd.draw(len(x)), x and y of the experience
 
     With `selection="last"` the loop calls `logd.observe((x, y))` before each forward pass, consolidates with
-    `logd.consolidate(model, [])`, and, where it begins an experience anew, calls `logd.memory.forget()` first. With a
-    gradient scaler, `scaler.unscale_(optimizer)` comes before `transform`: the official variant's margin has a scale.
+    `logd.consolidate(model, [])`. With a gradient scaler, `scaler.unscale_(optimizer)` comes before `transform`: the
+    official variant's margin has a scale.
 
     At every step, from the second experience on, the gradient of each old experience is taken on its memory at the
     current weights, and each block of the mini-batch's gradient becomes that of `methods.logd.logd_update`. All
@@ -209,6 +209,11 @@ class LayerwiseGradientDecomposition(GradientTransform):
                     "some step, where the block was trained without decomposition: training has diverged (lower the "
                     "learning rate)"
                 )
+
+    def abandon(self) -> None:
+        """Let go of the model, and of the mini-batches seen; see `Method.abandon`."""
+        self._release()
+        self.memory.forget()
 
     def consolidate(self, model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
         """Keep samples of the experience just learned.

@@ -313,6 +313,26 @@ def test_report_and_bytes():
     assert included["5.weight"].reason == "not in include"
 
 
+def test_an_experience_that_is_broken_off_leaves_nothing():
+    model = fresh("norm", torch.float32)
+    logd = learned(model, selection="last")
+    logd.finish()
+    held = logd.bytes_held
+
+    def training():
+        with logd.experience(model):
+            logd.observe(data(9))
+            F.cross_entropy(model(data(9)[0]), data(9)[1]).backward()
+            logd.transform()
+            assert logd.bytes_held > held
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training()
+    assert logd.bytes_held == held
+    assert logd.experiences == 3
+
+
 def test_draws_are_of_the_seed_and_the_experience_alone():
     state = torch.get_rng_state()
     logd = LayerwiseGradientDecomposition(KEPT, seed=3)
