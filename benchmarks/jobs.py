@@ -18,6 +18,8 @@ from benchmarks.protocols import resolve
 from benchmarks.record import Protocol
 from benchmarks.settings import InputError, values
 
+_OPTIMIZERS = {"sgd": "SGD without momentum or weight decay", "adam": "Adam, its state kept between experiences"}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -51,7 +53,7 @@ class Job:
         protocol = self.protocol
         fixed = {
             "model": protocol.model,
-            "optimizer": "SGD without momentum or weight decay",
+            "optimizer": _OPTIMIZERS[protocol.optimizer],
             "split": protocol.split,
             "permutation_rule": protocol.permutation_rule if protocol.split == "permutations" else None,
             "draw_rule": protocol.draw_rule,

@@ -105,6 +105,27 @@ class OgdSettings:
 
 
 @dataclass(frozen=True)
+class KfacSettings:
+    """K-FAC Laplace.
+
+    Attributes:
+        strength: weight of an experience's curvature, 1 as the data make it.
+        mode: `separate` keeps every experience's factors, `online` one pair a layer.
+        fisher: labels of the curvature: `sampled`, `exact` or `empirical`.
+        n_factor_samples: training samples that factors are made of, or `all`.
+        truncate: share of a factor's squared norm that is kept in eigenvectors, 1 for all of it.
+        damping: added to the curvature of every penalised parameter.
+    """
+
+    strength: float = setting(1.0, minimum=0)
+    mode: Literal["separate", "online"] = setting("online")
+    fisher: Literal["sampled", "exact", "empirical"] = setting("sampled")
+    n_factor_samples: int | Literal["all"] = setting("all", minimum=1)
+    truncate: float = setting(1.0, above=0, maximum=1)
+    damping: float = setting(0.0, minimum=0)
+
+
+@dataclass(frozen=True)
 class GemSettings:
     """Gradient episodic memory, as Avalanche has it.
 

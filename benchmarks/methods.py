@@ -16,6 +16,7 @@ from benchmarks.method_settings import (
     EwcSettings,
     GemSettings,
     GpmSettings,
+    KfacSettings,
     LogdSettings,
     NoSettings,
     OgdSettings,
@@ -123,6 +124,23 @@ def _ogd(settings: OgdSettings, seed: int) -> list[Any]:
     return [OGDPlugin(settings.n_gradients, target=settings.target, max_bytes=max_bytes, seed=seed)]
 
 
+def _kfac(settings: KfacSettings, seed: int) -> list[Any]:
+    """This package's K-FAC Laplace."""
+    from avalanche_gradproj import KFACLaplacePlugin
+
+    return [
+        KFACLaplacePlugin(
+            settings.strength,
+            mode=settings.mode,
+            fisher=settings.fisher,
+            n_samples=None if settings.n_factor_samples == "all" else settings.n_factor_samples,
+            truncate=settings.truncate if settings.truncate < 1 else None,
+            damping=settings.damping,
+            seed=seed,
+        )
+    ]
+
+
 def _gem(settings: GemSettings, seed: int) -> list[Any]:
     """Avalanche's GEM."""
     from avalanche.training.plugins import GEMPlugin
@@ -168,6 +186,7 @@ METHODS: dict[str, Method] = {
         Method("agem", "Avalanche's averaged gradient episodic memory", AgemSettings, _agem, refuse=_refuse_agem),
         Method("gpm", "gradient projection memory", GpmSettings, _gpm),
         Method("ogd", "orthogonal gradient descent", OgdSettings, _ogd),
+        Method("kfac", "K-FAC Laplace", KfacSettings, _kfac),
         Method("logd", "layerwise optimization by gradient decomposition", LogdSettings, _logd),
     )
 }

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.methods import find_method
+from benchmarks.protocol_records.curvature import PMNIST_KFAC
 from benchmarks.protocol_records.digits import DIGITS_PERMUTED, DIGITS_SPLIT, NPZ_PERMUTED, NPZ_SPLIT
 from benchmarks.protocol_records.gpm import CIFAR100_GPM, CIFAR100_SUPERCLASS, PMNIST_GPM
 from benchmarks.protocol_records.gradients import CIFAR100_LOGD, PMNIST_LOGD, PMNIST_OGD, RMNIST_LOGD
@@ -28,6 +29,7 @@ PROTOCOLS: dict[str, Protocol] = {
         RMNIST_LOGD,
         CIFAR100_LOGD,
         PMNIST_OGD,
+        PMNIST_KFAC,
         NPZ_SPLIT,
         NPZ_PERMUTED,
     )

@@ -64,7 +64,9 @@ class Protocol:
         classes_per_experience: classes of each; 0 divides all classes evenly.
         hidden: units of the perceptron's hidden layers.
         epochs: epochs of an experience, at most.
-        lr: learning rate of SGD without momentum or weight decay, the initial one where there is a schedule.
+        optimizer: `sgd` without momentum or weight decay, or `adam` with PyTorch's other defaults; its state lasts from
+            one experience to the next, as Avalanche keeps it.
+        lr: learning rate, the initial one where there is a schedule.
         train_batch: samples of a training batch.
         test_batch: samples of a test or validation batch.
         max_angle: degrees over which the rotations are spread.
@@ -93,6 +95,7 @@ class Protocol:
     classes_per_experience: int | None = setting(None, minimum=0)
     hidden: int | None = setting(None, minimum=1)
     epochs: int = setting(1, minimum=1)
+    optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = setting(0.01, above=0)
     train_batch: int = setting(10, minimum=1)
     test_batch: int = setting(64, minimum=1)

@@ -147,9 +147,10 @@ def _strategy(job: Job, stream: streams.Stream, model: nn.Module, report: progre
         )
     n_parts = 1 if method.joint else len(stream.train)
     template = JointTraining if method.joint else SupervisedTemplate
+    optimizer: Any = torch.optim.Adam if protocol.optimizer == "adam" else torch.optim.SGD
     strategy = template(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=protocol.lr),
+        optimizer=optimizer(model.parameters(), lr=protocol.lr),
         criterion=nn.CrossEntropyLoss(),
         train_mb_size=protocol.train_batch,
         train_epochs=protocol.epochs,

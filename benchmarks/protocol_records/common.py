@@ -11,6 +11,7 @@ from benchmarks.method_settings import (
     EwcSettings,
     GemSettings,
     GpmSettings,
+    KfacSettings,
     LogdSettings,
     NoSettings,
     OgdSettings,
@@ -33,7 +34,17 @@ def settings_of_methods(
     agem: AgemSettings,
     ogd: OgdSettings,
     logd: LogdSettings,
+    kfac: KfacSettings | None = None,
 ) -> Mapping[str, Any]:
-    """Return the settings of every method; those without any need none."""
-    chosen = {"ewc": ewc, "replay": replay, "gem": gem, "agem": agem, "gpm": gpm, "ogd": ogd, "logd": logd}
+    """Return the settings of every method; those without any need none, K-FAC's are its defaults unless given."""
+    chosen: dict[str, Any] = {
+        "ewc": ewc,
+        "replay": replay,
+        "gem": gem,
+        "agem": agem,
+        "gpm": gpm,
+        "ogd": ogd,
+        "logd": logd,
+    }
+    chosen["kfac"] = kfac or KfacSettings()
     return MappingProxyType({"naive": NoSettings(), "joint": NoSettings(), **chosen})

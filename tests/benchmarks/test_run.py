@@ -19,7 +19,7 @@ from benchmarks.sources import read_digits
 
 CPU = torch.device("cpu")
 TIMES = ("train_seconds", "wall_seconds", "peak_memory_mb")
-METHODS = ("naive", "ewc", "replay", "gem", "agem", "joint", "gpm", "ogd", "logd")
+METHODS = ("naive", "ewc", "replay", "gem", "agem", "joint", "gpm", "ogd", "logd", "kfac")
 
 
 def once(protocol, method, seed=0, report=None, **changes):
@@ -46,7 +46,7 @@ def test_the_same_command_gives_the_same_result(protocol, method):
     assert np.shape(first["accuracy_matrix"]) == ((1, 3) if method == "joint" else (3, 3))
     assert (first["bwt"] is None) == (method == "joint")
     assert first["acc"] == pytest.approx(np.mean(first["accuracy_matrix"][-1]))
-    assert bool(first["method_report"]) == (method in ("gpm", "ogd", "logd"))
+    assert bool(first["method_report"]) == (method in ("gpm", "ogd", "logd", "kfac"))
 
 
 def test_a_naive_run_equals_a_plain_loop():
