@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import resources
+from benchmarks import evaluate, resources
 from benchmarks.jobs import make_job
 from benchmarks.models import build_model
 from benchmarks.run import build_stream, run, write_json, write_text
@@ -75,6 +75,15 @@ def test_forgetting_is_there_to_be_prevented():
     result = once("digits-permuted", "naive", epochs="4", train_limit="0", n_experiences="5")
     assert result["bwt"] < -20
     assert min(result["accuracy_matrix"][i][i] for i in range(5)) > 80
+
+
+def test_a_run_leaves_no_test_images_behind():
+    assert not evaluate._PUT_TOGETHER
+    job = make_job("digits-permuted", "naive", 0, CPU, {"epochs": "1", "train_limit": "100", "n_experiences": "3"})
+    seen = []
+    run(job, read_digits(), lambda *args: seen.append(len(evaluate._PUT_TOGETHER)))
+    assert max(seen) == 3  # while it lasted, each test set was put together once
+    assert not evaluate._PUT_TOGETHER
 
 
 def test_progress_is_told_in_order():
