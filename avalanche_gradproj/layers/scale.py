@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from avalanche_gradproj.errors import ModelError
-
 _OWN_FORWARD: tuple[type[nn.Module], ...] = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -42,19 +40,30 @@ class Scale:
     module: nn.Module
     parameters: dict[str, str]
 
+    def tells_samples(self, x: Tensor, size: int) -> bool:
+        """Return whether the shape of an input says beyond doubt which entries belong to which sample.
+
+        The first axis must count the samples. No other leading axis may be a multiple of their number: it could be the
+        one of the samples (sequence first), or of the windows that they were cut into.
+
+        Args:
+            x: what enters the layer.
+            size: n, samples in the mini-batch.
+        """
+        own = self.module.normalized_shape if isinstance(self.module, nn.LayerNorm | nn.RMSNorm) else x.shape[1:]
+        leading = x.shape[: x.dim() - len(own)]
+        return len(leading) > 0 and leading[0] == size and (size == 1 or all(axis % size for axis in leading[1:]))
+
     def sample_gradients(self, x: Tensor, gradient: Tensor, size: int) -> dict[str, Tensor]:
         """Return each parameter's gradient of each sample's loss.
 
         Args:
-            x: what entered the layer.
+            x: what entered the layer, of which `tells_samples` is true.
             gradient: of the summed loss, at the layer's output, shaped like it.
             size: n, samples in the mini-batch.
 
         Returns:
             Parameter's name in the model -> [n, *shape].
-
-        Raises:
-            ModelError: if the input's entries cannot be told apart by sample.
         """
         found = {}
         for own, name in self.parameters.items():
@@ -64,19 +73,8 @@ class Scale:
                 values = values.reshape(*x.shape[: x.dim() - len(shape)], -1)
             else:
                 values = values.flatten(2).sum(2) if values.dim() > 2 else values
-            found[name] = self._by_sample(values, size).reshape(size, *shape)
+            found[name] = values.reshape(size, -1, values.shape[-1]).sum(1).reshape(size, *shape)
         return found
-
-    def _by_sample(self, values: Tensor, size: int) -> Tensor:
-        """Sum [.., features] over all leading entries of a sample: [n, features]."""
-        if values.shape[0] != size and values.dim() > 2 and values.shape[1] == size:
-            values = values.transpose(0, 1)  # sequence first
-        if values.dim() < 2 or values.shape[0] % size:
-            raise ModelError(
-                f"layer {self.name!r}: its input has {values.shape[0]} leading entries for {size} samples, so that "
-                f"they cannot be told apart: exclude it (exclude=[{self.name!r}])"
-            )
-        return values.reshape(size, -1, values.shape[-1]).sum(1)
 
 
 def scales_of(model: nn.Module, names: Iterable[str]) -> list[Scale]:

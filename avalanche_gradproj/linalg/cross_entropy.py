@@ -24,7 +24,7 @@ def logit_directions(
     A class of no probability (a logit that the model masks) is never drawn, and of no part in the sum.
 
     Args:
-        logits: z [n, classes], finite.
+        logits: z [n, classes], finite but for classes that are masked by minus infinity.
         fisher: `"sampled"`: one g = p - e_y with y drawn from p; `"exact"`: sqrt(p_c) (p - e_c) for each class c;
             `"empirical"`: p - e_y with the true label, which gives no Fisher matrix: it vanishes where the model is
             sure and right.

@@ -17,9 +17,9 @@ from avalanche_gradproj.linalg.cross_entropy import FISHERS
 from avalanche_gradproj.methods.arguments import finite, one_number, optional_number, share, strengths
 from avalanche_gradproj.methods.base import Forward, Penalty
 from avalanche_gradproj.methods.kfac_factors import FactorPass
-from avalanche_gradproj.methods.kfac_labels import Criterion, check_criterion
+from avalanche_gradproj.methods.kfac_labels import Criterion, at_most, check_criterion
 from avalanche_gradproj.methods.kfac_memory import MODES, CurvatureMemory
-from avalanche_gradproj.methods.kfac_model import curvature_of, penalty_of, recentred
+from avalanche_gradproj.methods.kfac_model import curvature_of, penalty_of, recentred, refuse_compiled
 from avalanche_gradproj.methods.kfac_penalty import QuadraticPenalty
 from avalanche_gradproj.methods.kfac_report import laplace_report
 from avalanche_gradproj.methods.report import Report
@@ -47,6 +47,8 @@ class KroneckerLaplace(Penalty):
                     optimizer.step()
             laplace.consolidate(model, loader)
 
+    With `n_samples`, `consolidate` gets mini-batches of `Subset(dataset, laplace.draw(len(dataset)).tolist())` instead.
+
     After experience t, with N_t samples, each layer's block of the Fisher matrix is approximated by B_t (x) A_t:
     `A_t = E[a a^T]` over the rows a at its input (the bias sees a constant 1), `B_t = E[sum b b^T]` over samples, the
     sum over a sample's rows, b the gradient of its loss at the layer's output. Later experiences minimise
@@ -65,7 +67,8 @@ class KroneckerLaplace(Penalty):
         mode: `"separate"`, or `"online"`: one pair of factors a layer, averaged, centred on the last solution.
         fisher: `"sampled"`: labels drawn from the model's prediction, one a sample; `"exact"`: all classes, a backward
             pass each; `"empirical"`: the true labels, which gives no Fisher matrix.
-        n_samples: samples of an experience that are drawn for the factors; None for all. The weight stays N_t.
+        n_samples: samples of an experience that are drawn for the factors; None for all. The weight stays
+            N_t: `samples` of `start`, else what `draw` was given.
         truncate: None, or a share in (0, 1]: see `linalg.kronecker.Factor.truncated`; factors stay whole where their
             truncation would not make products cheaper.
         damping: added to every eigenvalue of each experience's curvature of a sample, for every penalised parameter.
@@ -115,6 +118,7 @@ class KroneckerLaplace(Penalty):
         self._memory = CurvatureMemory(mode, self.truncate)
         self._samples: int | None = None
         self._last_samples: int | None = None
+        self._drawn_from: int | None = None
         self._heads: tuple[str, ...] = ()
         self._report: Report | None = None
         self._training: _Experience | None = None
@@ -134,12 +138,18 @@ class KroneckerLaplace(Penalty):
         return self.n_samples if self._strength() else None
 
     def draw(self, size: int) -> Tensor:
-        """Draw the samples that the factors are to be made of.
+        """Draw the samples that the factors are to be made of: all, or `n_samples` of them.
+
+        Args:
+            size: N_t, samples of the experience; remembered as its weight where `start` was not given it.
+
+        Returns:
+            Their indices.
 
         Raises:
             DataError: if there are fewer than `n_samples`.
         """
-        wanted = self.required_samples()
+        wanted, self._drawn_from = self.required_samples(), size
         if wanted is None:
             return torch.arange(size)
         if size < wanted:
@@ -165,7 +175,7 @@ class KroneckerLaplace(Penalty):
             samples: N, samples of the experience; None for as many as the last one had.
 
         Raises:
-            ModelError: for a model that cannot be covered (`layers.select.cover`), or on several devices.
+            ModelError: for a model that cannot be covered (`layers.select.cover`), compiled, or on several devices.
             ConfigurationError: for patterns that match nothing, `samples`, or a criterion that `fisher` is not of.
             StateError: if the model is not the one that the factors belong to.
         """
@@ -174,6 +184,8 @@ class KroneckerLaplace(Penalty):
             check_criterion(self.criterion, self.fisher)
         self._heads, self._samples = tuple(heads), samples
         coverage = self._cover(model)
+        if self._strength():
+            refuse_compiled(coverage)
         current = samples or self._last_samples
         penalty = penalty_of(coverage, self._memory.forms, current or 1, self.damping)
         first = next(iter(coverage.parameters.values()))
@@ -209,12 +221,15 @@ class KroneckerLaplace(Penalty):
             forward: runs the model on a batch and gives logits [n, classes]; default `model(inputs)`.
 
         Raises:
-            DataError: for no samples, missing targets, or one sample alone where layers normalise by the mini-batch.
-            ModelError: if the model gives no logits, or a parameter's gradient cannot be told by sample.
+            DataError: for no samples, more than `n_samples`, inputs that are no tensors, missing targets, or one sample
+                alone where layers normalise by the mini-batch.
+            ModelError: if the model gives no logits, a parameter's gradient cannot be told by sample, or layers cannot
+                be watched (see `kfac_factors.FactorPass.run`).
             NonFiniteError: for infinite values, naming the layer or parameter.
         """
         coverage = self._cover(model)
         before, strength = self.bytes_held, self._strength()
+        centres = recentred(coverage, self._memory.diagonal_names)
         if strength:
             factors = FactorPass(
                 model,
@@ -224,16 +239,17 @@ class KroneckerLaplace(Penalty):
                 generator=self._generator(1),
                 forward=forward,
                 criterion=self.criterion,
-            ).run(batches)
-            samples = self._samples or factors.samples
+            ).run(at_most(self.n_samples, batches))
+            samples = self._samples or self._drawn_from or factors.samples
             new = curvature_of(coverage, factors, strength * samples, known=self._known())
-            self._memory.add(new, recentred(coverage))
+            self._memory.add(new, centres)
             self._last_samples = samples
         else:
-            self._memory.recentre(recentred(coverage))
+            self._memory.recentre(centres)
+            self._last_samples = self._samples or self._drawn_from or self._last_samples
         self.bytes_by_experience.append(self.bytes_held - before)
         self.experiences += 1
-        self._samples = None
+        self._samples = self._drawn_from = None
         self._describe(model, coverage)
 
     def report(self) -> Report:

@@ -21,7 +21,8 @@ class LayerCurvature:
     Attributes:
         terms: sum of Kronecker products, a sample's mean.
         centre: W* [blocks, out, d].
-        input_weight: weight of the experiences that the input factors are the mean of.
+        input_weight: weight of the experiences that used the layer: the input factors are their mean, and damping
+            counts them.
     """
 
     terms: tuple[KroneckerTerm, ...]
@@ -31,10 +32,17 @@ class LayerCurvature:
 
 @dataclass(frozen=True, eq=False)
 class DiagonalCurvature:
-    """One parameter's part: mean squared gradient of a sample's loss, and the centre, both shaped like it."""
+    """One parameter's part of a quadratic form.
+
+    Attributes:
+        values: mean squared gradient of a sample's loss, shaped like the parameter.
+        centre: theta*, shaped like it.
+        weight: weight of the experiences that had the parameter: damping counts them.
+    """
 
     values: Tensor
     centre: Tensor
+    weight: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +85,8 @@ class Curvature:
         diagonal = {}
         for name, own in self.diagonal.items():
             device, dtype = place(parameters[name])
-            moved = (part.to(device=device, dtype=dtype) for part in (own.values, own.centre))
-            diagonal[name] = DiagonalCurvature(*moved)
+            values, centre = (part.to(device=device, dtype=dtype) for part in (own.values, own.centre))
+            diagonal[name] = DiagonalCurvature(values, centre, own.weight)
         return Curvature(self.weight, layers, diagonal)
 
     def state(self) -> dict[str, Any]:
@@ -92,7 +100,11 @@ class Curvature:
             for name, layer in self.layers.items()
         }
         diagonal = {
-            name: {"values": own.values.detach().cpu().clone(), "centre": own.centre.detach().cpu().clone()}
+            name: {
+                "values": own.values.detach().cpu().clone(),
+                "centre": own.centre.detach().cpu().clone(),
+                "weight": own.weight,
+            }
             for name, own in self.diagonal.items()
         }
         return {"weight": self.weight, "layers": layers, "diagonal": diagonal}
@@ -118,7 +130,7 @@ class Curvature:
         for name, own in state["diagonal"].items():
             if own["values"].shape != own["centre"].shape:
                 raise ValueError(f"parameter {name!r}: {tuple(own['values'].shape)} and {tuple(own['centre'].shape)}")
-            diagonal[name] = DiagonalCurvature(own["values"], own["centre"])
+            diagonal[name] = DiagonalCurvature(own["values"], own["centre"], float(own["weight"]))
         return Curvature(float(state["weight"]), layers, diagonal)
 
 
@@ -168,7 +180,8 @@ def merged(old: Curvature, new: Curvature) -> Curvature:
             if name in form.diagonal
         ]
         last_one = new.diagonal.get(name) or old.diagonal[name]
-        diagonal[name] = DiagonalCurvature(sum(values[1:], values[0]), last_one.centre)
+        total = sum(form.diagonal[name].weight for form in (old, new) if name in form.diagonal)
+        diagonal[name] = DiagonalCurvature(sum(values[1:], values[0]), last_one.centre, total)
     return Curvature(weight, layers, diagonal)
 
 

@@ -17,7 +17,7 @@ from avalanche_gradproj.layers.scale import Scale, batch_dependent, scales_of, w
 from avalanche_gradproj.layers.unit import Unit
 from avalanche_gradproj.linalg.moment_sums import MomentSums
 from avalanche_gradproj.methods.base import Forward
-from avalanche_gradproj.methods.kfac_labels import Criterion, check_logits, directions_of
+from avalanche_gradproj.methods.kfac_labels import Criterion, check_logits, directions_of, refuse_reentrant, samples_of
 from avalanche_gradproj.methods.logit_gradients import Route, weighted_gradients
 
 
@@ -100,7 +100,7 @@ class FactorPass:
         self._scales = scales_of(model, diagonal)
         of_scales = {name for scale in self._scales for name in scale.parameters.values()}
         self._others = [name for name in diagonal if name not in of_scales]
-        self._route = Route()
+        self._route, self._called = Route(), False
         self.sums = FactorSums({u.name: LayerSums(*_moments(u)) for u in self._units})
 
     def run(self, batches: Iterable[Any]) -> FactorSums:
@@ -111,27 +111,32 @@ class FactorPass:
                 `"empirical"`.
 
         Raises:
-            DataError: for no samples, missing or wrong targets, or one sample alone where layers normalise by batch.
-            ModelError: if the output is not logits [n, classes], or a parameter's gradient cannot be told by sample.
+            DataError: for no samples, inputs that are no tensors, missing or wrong targets, or one sample alone where
+                layers normalise by batch.
+            ModelError: if the output is not logits [n, classes], a parameter's gradient cannot be told by sample, or
+                layers are run where nobody can watch them (torch.compile, reentrant checkpoints, inference mode).
             NonFiniteError: for infinite values, naming the layer or parameter.
         """
+        if torch.is_inference_mode_enabled():
+            raise ModelError("factors are made of gradients, which torch.inference_mode() forbids: call it outside")
         with self._context(self._model):
             coupled = batch_dependent(self._model)
-            if coupled and self._others:
-                raise ModelError(
-                    f"parameter {self._others[0]!r} belongs to no matrix or normalisation layer, so that its term "
-                    f"takes one pass a sample, and layer {coupled[0]!r} normalises by the mini-batch: exclude the "
-                    "parameter, or let the layer keep running statistics"
-                )
+            _refuse_coupled(self._others, coupled)
             for batch in batches:
                 self._add(batch, coupled)
         if self.sums.samples == 0:
             raise DataError("no sample came, and the factors need some: give the batches of the experience")
+        if self._units and not self._called:
+            raise ModelError(
+                "none of the covered layers was called in the pass over the data, so that nothing would be protected: "
+                "torch.compile runs a model without its modules' hooks (give the model that it was given, "
+                "model._orig_mod), or the data uses other layers (see include and exclude)"
+            )
         self._refuse_non_finite()
         return self.sums
 
     def _add(self, batch: Any, coupled: list[str]) -> None:
-        size = len(batch if isinstance(batch, Tensor) else batch[0])
+        size = samples_of(batch)
         if size == 0:
             return
         if size == 1 and coupled:
@@ -141,8 +146,12 @@ class FactorPass:
             )
         calls: list[tuple[Unit, GradientEdge, slice]] = []
         norms: list[tuple[Scale, Tensor, GradientEdge]] = []
+        unclear: dict[str, None] = {}  # parameters of normalisation layers that take one pass a sample too
 
         def on_call(unit: Unit, x: Tensor, output: Tensor, columns: slice) -> Tensor:
+            self._called = True
+            if not torch.is_grad_enabled():  # the model's own no_grad: no gradient reaches the layer
+                return output
             for rows in unit.rows(x.detach()):
                 self.sums.layers[unit.name].inputs.update(rows, mean=self._means)
             output = _own(output)
@@ -150,6 +159,11 @@ class FactorPass:
             return output
 
         def on_scale(scale: Scale, x: Tensor, output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output
+            if not scale.tells_samples(x, size):
+                unclear.update(dict.fromkeys(scale.parameters.values()))
+                return output
             output = _own(output)
             norms.append((scale, x.detach(), get_gradient_edge(output)))
             return output
@@ -157,6 +171,10 @@ class FactorPass:
         with torch.enable_grad(), watch(self._units, on_call), watch_scales(self._scales, on_scale):
             logits = self._run(batch)
         check_logits(logits, size)
+        if self.sums.samples == 0:
+            refuse_reentrant(logits)
+        _refuse_coupled(list(unclear), coupled)
+        norms = [norm for norm in norms if not unclear.keys() & norm[0].parameters.values()]
         directions = list(
             directions_of(logits, batch, self._fisher, self._generator, self._criterion, signs=bool(coupled))
         )
@@ -167,8 +185,8 @@ class FactorPass:
             gradients = {_key(edge): value for edge, value in zip(edges, found, strict=True)}
             self._add_layers(calls, gradients)
             self._add_scales(norms, gradients, size)
-        if self._others:
-            self._add_others(batch, size, directions)
+        if self._others or unclear:
+            self._add_others([*self._others, *unclear], batch, size, directions)
         self.sums.samples += size
 
     def _run(self, batch: Any) -> Any:
@@ -204,7 +222,7 @@ class FactorPass:
         for name, own in of_samples.items():
             self._square(name, own)
 
-    def _add_others(self, batch: Any, size: int, directions: list[Tensor]) -> None:
+    def _add_others(self, names: Sequence[str], batch: Any, size: int, directions: list[Tensor]) -> None:
         forward, parts = self._forward, batch
         if isinstance(batch, Tensor):
             given, parts = forward, (batch,)
@@ -212,9 +230,9 @@ class FactorPass:
         samples = torch.arange(size, device=directions[0].device).repeat(len(directions))
         weights = torch.cat(directions)
         for found in weighted_gradients(
-            self._model, self._others, parts, samples, weights, forward=forward, route=self._route
+            self._model, names, parts, samples, weights, forward=forward, route=self._route
         ):
-            for name, own in zip(self._others, found, strict=True):
+            for name, own in zip(names, found, strict=True):
                 self._square(name, own)
 
     def _square(self, name: str, gradients: Tensor) -> None:
@@ -249,6 +267,16 @@ def _moments(unit: Unit) -> tuple[MomentSums, MomentSums, MomentSums]:
 
 def _key(edge: GradientEdge) -> Any:
     return edge.node, edge.output_nr
+
+
+def _refuse_coupled(names: Sequence[str], coupled: Sequence[str]) -> None:
+    if names and coupled:
+        raise ModelError(
+            f"the term of parameter {names[0]!r} takes one pass a sample (it belongs to no matrix or normalisation "
+            "layer, or to one whose input does not tell samples apart by its first axis), and layer "
+            f"{coupled[0]!r} normalises by the mini-batch: exclude the parameter, or let the layer keep running "
+            "statistics"
+        )
 
 
 def _own(output: Tensor) -> Tensor:

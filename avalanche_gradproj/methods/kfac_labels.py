@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,11 +37,43 @@ def check_criterion(criterion: Criterion | None, fisher: str) -> None:
         return
     if criterion is None or criterion is F.cross_entropy:
         return
-    if not isinstance(criterion, nn.CrossEntropyLoss) or reduction != "mean" or criterion.weight is not None:
+    # A subclass may compute anything in a forward of its own.
+    plain = isinstance(criterion, nn.CrossEntropyLoss) and type(criterion).forward is nn.CrossEntropyLoss.forward
+    if not plain or reduction != "mean" or getattr(criterion, "weight", None) is not None:
         raise ConfigurationError(
             f"criterion {criterion!r} is no mean of cross-entropies with equal weights, and fisher={fisher!r} takes "
             "labels from the softmax of the logits: use torch.nn.CrossEntropyLoss(), or fisher='empirical'"
         )
+
+
+def samples_of(batch: Any) -> int:
+    """Return the number of samples in a mini-batch.
+
+    Raises:
+        DataError: if it is neither a tensor nor a tuple whose first element is one.
+    """
+    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(inputs, Tensor):
+        what = type(batch).__name__ + ("" if inputs is batch else f" whose inputs are a {type(inputs).__name__}")
+        raise DataError(
+            f"a mini-batch is a {what}: inputs must be tensors, given alone or as (inputs, ...); take dicts apart, and "
+            "put them together again in `forward`"
+        )
+    return len(inputs)
+
+
+def at_most(n_samples: int | None, batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield mini-batches.
+
+    Raises:
+        DataError: as soon as more than `n_samples` have come: those were to be drawn.
+    """
+    came = 0
+    for batch in batches:
+        came += samples_of(batch)
+        if n_samples is not None and came > n_samples:
+            raise DataError(f"{came} samples came and n_samples={n_samples}: give those that `draw(size)` picks")
+        yield batch
 
 
 def check_logits(logits: Any, size: int) -> None:
@@ -53,15 +85,36 @@ def check_logits(logits: Any, size: int) -> None:
 
     Raises:
         ModelError: if it is no tensor [n, classes].
-        NonFiniteError: if it holds an infinity or a NaN.
+        NonFiniteError: if it holds an infinity or a NaN; minus infinity, a class that is masked, may be beside others.
     """
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != size:
         came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(f"the model's output is {came}, expected logits [{size}, classes]: give such a `forward`")
-    if not bool(torch.isfinite(logits).all()):
+    if not bool(torch.isfinite(logits.detach().amax(dim=1)).all()):  # that of a row with a NaN is NaN
         raise NonFiniteError(
-            "a logit is an infinity or a NaN: training has diverged (lower the learning rate) or the data holds one"
+            "a logit is an infinity or a NaN (or all of a sample are masked): training has diverged (lower the "
+            "learning rate) or the data holds one"
         )
+
+
+def refuse_reentrant(logits: Tensor) -> None:
+    """Refuse checkpoints that run layers without gradients, and once more in the backward pass.
+
+    Raises:
+        ModelError: if the logits came through one.
+    """
+    nodes, seen = [logits.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            raise ModelError(
+                "the model runs layers in a reentrant checkpoint, where their gradients cannot be told by layer: give "
+                "torch.utils.checkpoint.checkpoint use_reentrant=False"
+            )
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
 
 
 def directions_of(

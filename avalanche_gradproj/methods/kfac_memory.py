@@ -34,6 +34,11 @@ class CurvatureMemory:
         tensors = {tensor.data_ptr(): tensor for form in forms for tensor in form.tensors()}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
+    @property
+    def diagonal_names(self) -> frozenset[str]:
+        """Names of the parameters that have diagonal terms."""
+        return frozenset(name for form in self.forms for name in form.diagonal)
+
     def add(self, new: Curvature, centres: Curvature) -> None:
         """Take the form of one more experience.
 

@@ -17,11 +17,30 @@ from avalanche_gradproj.methods.kfac_factors import FactorSums
 from avalanche_gradproj.methods.kfac_penalty import DiagonalSite, Form, MatrixSite, QuadraticPenalty
 
 
-def recentred(coverage: Coverage) -> Curvature:
-    """Return a form of weight 0 without terms, centred on the present weights of every layer and other parameter."""
+def refuse_compiled(coverage: Coverage) -> None:
+    """Refuse layers inside what `torch.compile` made.
+
+    Raises:
+        ModelError: naming the first one.
+    """
+    for unit in coverage.units:
+        if "_orig_mod" in unit.name.split("."):
+            raise ModelError(
+                f"layer {unit.name!r} is inside a module made by torch.compile, which runs without the hooks that "
+                "factors are taken with: give the model that torch.compile was given (model._orig_mod), or exclude it"
+            )
+
+
+def recentred(coverage: Coverage, held: Collection[str] = ()) -> Curvature:
+    """Return a form of weight 0 without terms, centred on the present weights of every layer and other parameter.
+
+    Args:
+        coverage: the model.
+        held: parameters that have diagonal terms, whatever they are part of now.
+    """
     layers = {unit.name: LayerCurvature((), _centre(unit)) for unit in coverage.units}
     diagonal = {}
-    for name in coverage.frozen:
+    for name in {**dict.fromkeys(coverage.frozen), **dict.fromkeys(held)}:
         device, dtype = place(coverage.parameters[name])
         centre = coverage.parameters[name].detach().to(device=device, dtype=dtype, copy=True)
         diagonal[name] = DiagonalCurvature(torch.zeros_like(centre), centre)
@@ -48,7 +67,8 @@ def curvature_of(coverage: Coverage, sums: FactorSums, weight: float, *, known: 
         if layer.inputs.count == 0 and unit.weight.parameter.grad is not None and unit.name not in known:
             warnings.warn(
                 f"layer {unit.name!r} was trained but never called while factors were taken (it is used in training "
-                "mode alone, or its weight is used outside of it): what it learned is not protected",
+                "mode alone, its weight is used outside of it, or it runs without gradients there): what it learned is "
+                "not protected",
                 stacklevel=3,
             )
         if factors is not None:
@@ -58,7 +78,7 @@ def curvature_of(coverage: Coverage, sums: FactorSums, weight: float, *, known: 
     diagonal = {}
     for name, squares in sums.diagonal.items():
         centre = here.diagonal[name].centre
-        diagonal[name] = DiagonalCurvature((squares / sums.samples).to(centre), centre)
+        diagonal[name] = DiagonalCurvature((squares / sums.samples).to(centre), centre, weight)
     return Curvature(weight, layers, diagonal)
 
 
@@ -80,7 +100,9 @@ def penalty_of(coverage: Coverage, forms: Sequence[Curvature], samples: int, dam
         for form in forms:
             layer, factor = form.layers.get(unit.name), form.weight / samples
             if layer is not None and layer.terms and factor:
-                terms = [term.scaled(factor, 0.0 if index else damping) for index, term in enumerate(layer.terms)]
+                # Damping counts the experiences that used the layer.
+                own_damping = damping * layer.input_weight / form.weight
+                terms = [term.scaled(factor, 0.0 if index else own_damping) for index, term in enumerate(layer.terms)]
                 own.append(Form(terms, layer.centre))
         if own and any(part.parameter.requires_grad for part in unit.slices):
             matrices.append(MatrixSite(_tensors(unit), own))
@@ -107,7 +129,10 @@ def _diagonal(coverage: Coverage, forms: Sequence[Curvature], samples: int, damp
             _, dtype = place(parameter)
             absent = torch.zeros_like(parameter, dtype=dtype).flatten()
             # What was not there in an experience has no curvature of it, and no damping.
-            values.append(absent if own is None else (own.values.flatten() + damping) * (form.weight / samples))
+            if own is None:
+                values.append(absent)
+            else:
+                values.append((own.values.flatten() * form.weight + damping * own.weight) / samples)
             places.append(absent if own is None else own.centre.flatten())
         curvatures.append(torch.cat(values))
         centres.append(torch.cat(places))

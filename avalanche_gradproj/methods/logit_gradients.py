@@ -260,7 +260,7 @@ def _one_by_one(
             continue
         for gradients, own in zip(found, torch.autograd.grad(logit, values, allow_unused=True), strict=True):
             if own is not None:
-                gradients[row] = own
+                gradients[row] = own.to_dense() if own.is_sparse else own
     return [gradients.detach() for gradients in found]
 
 

@@ -21,7 +21,8 @@ class KFACLaplacePlugin(PenaltyPlugin):
     N the samples of the experience in training. Scale and shift of norm layers, embeddings and other parameters get the
     same with the diagonal of their Fisher matrix. Heads of one task each (`MultiHeadClassifier`) are left alone, since
     data of other tasks gives them no gradient; a head that all experiences share is penalised, also one that grows
-    (`IncrementalClassifier`). `include` and `exclude` override both. `report()` lists every parameter.
+    (`IncrementalClassifier`). `include` and `exclude` override both. What takes no gradient in an experience has no
+    factors of it, also if it is unfrozen later. `report()` lists every parameter.
 
     The strategy's criterion must be a mean of cross-entropies, unless `fisher="empirical"`.
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from avalanche_gradproj.errors import ConfigurationError, DataError, ModelError, NonFiniteError, StateError
+from avalanche_gradproj.linalg import kronecker
 from avalanche_gradproj.methods.kfac import KroneckerLaplace
 
 CLASSES = 3
@@ -30,6 +31,23 @@ def _double():
 
 def network():
     return nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, CLASSES))
+
+
+def wide():
+    """Factors of few large eigenvalues."""
+    return nn.Sequential(nn.Linear(4, 24), nn.LayerNorm(24), nn.Tanh(), nn.Linear(24, CLASSES))
+
+
+@pytest.fixture
+def small_is_cheap(monkeypatch):
+    """Truncate the factors of a small network too."""
+    monkeypatch.setattr(kronecker, "OPERATION_COST", 0)
+
+
+def thin(laplace):
+    """How many factors are truncated."""
+    terms = [term for form in laplace._memory.forms for layer in form.layers.values() for term in layer.terms]
+    return sum(factor.rest is not None for term in terms for factor in (term.left, term.right))
 
 
 def convolutional():
@@ -158,13 +176,15 @@ def test_autograd_agrees_through_the_sum_with_the_loss():
         torch.testing.assert_close(one, parameter.grad)
 
 
+@pytest.mark.usefixtures("small_is_cheap")
 @pytest.mark.parametrize("truncate", [None, 0.9])
 def test_separate_and_online_are_one_after_one_experience(truncate):
     values = []
     for mode in ("separate", "online"):
         torch.manual_seed(0)
-        model, laplace = network(), KroneckerLaplace(2.0, mode=mode, truncate=truncate, damping=0.1)
+        model, laplace = wide(), KroneckerLaplace(2.0, mode=mode, truncate=truncate, damping=0.1)
         learn(laplace, model, data())
+        assert (thin(laplace) >= 2) == (truncate is not None)
         move(model)
         laplace.start(model, samples=20)
         value = laplace.penalty()
@@ -208,6 +228,154 @@ def test_strengths_are_of_experiences_and_the_last_one_holds_on():
     assert sum(laplace.bytes_by_experience) == laplace.bytes_held > 0
 
 
+@pytest.mark.usefixtures("small_is_cheap")
+@pytest.mark.parametrize("mode", ["separate", "online"])
+def test_truncated_factors_against_the_dense_matrix(mode):
+    model, laplace, centres = wide(), KroneckerLaplace([2.0, 0.5], mode=mode, truncate=0.9, fisher="exact"), []
+    for t in range(2):
+        learn(laplace, model, data(seed=t), samples=12)
+        centres.append(snapshot(model))
+    assert thin(laplace) >= 2
+    assert "eigenvectors" in laplace.report()["0.weight"].reason + laplace.report()["3.weight"].reason
+    move(model)
+    expected = 0.0
+    for form, centre in zip(laplace._memory.forms, centres[-len(laplace._memory.forms) :], strict=True):
+        for name, layer in form.layers.items():
+            dense = []
+            for factor in (layer.terms[0].left, layer.terms[0].right):
+                matrix = factor.matrix[0].numpy()
+                thick = matrix if factor.rest is None else matrix @ matrix.T + factor.rest.item() * np.eye(factor.size)
+                dense.append(thick)
+            delta = matrix_of(model.get_submodule(name))[0] - centre[name][0]
+            expected += form.weight / 20 / 2 * np.sum(delta * (dense[0] @ delta @ dense[1]))
+    for parameter in model[1].parameters():
+        parameter.requires_grad_(False)  # without its diagonal terms
+    laplace.start(model, samples=20)
+    assert laplace.penalty().item() == pytest.approx(expected, rel=1e-9)
+    assert expected > 0.01
+
+
+def test_sampled_labels_are_others_in_each_experience():
+    model, x = network(), data(6)[0]
+    held = []
+    for seed in (0, 0, 1):
+        laplace = KroneckerLaplace(seed=seed)
+        for _ in range(2):
+            laplace.start(model)
+            laplace.finish()
+            laplace.consolidate(model, [x])
+        held.append([form.layers["3"].terms[0].left.matrix for form in laplace._memory.forms])
+    assert not torch.equal(*held[0])
+    assert all(torch.equal(one, other) for one, other in zip(held[0], held[1], strict=True))
+    assert not torch.equal(held[0][0], held[2][0])
+
+
+def test_experiences_of_no_strength_count_as_the_last_one():
+    model, laplace = network(), KroneckerLaplace([1.0, 0.0])
+    learn(laplace, model, data(), samples=100)
+    learn(laplace, model, data(), samples=50)
+    move(model)
+    laplace.start(model)
+    expected = laplace.penalty().item()
+    laplace.start(model, samples=50)
+    assert laplace.penalty().item() == expected
+
+
+@pytest.mark.parametrize("mode", ["separate", "online"])
+def test_damping_counts_the_experiences_that_used_a_layer(mode):
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList([nn.LayerNorm(4) for _ in range(2)])
+            self.heads, self.task = nn.ModuleList([nn.Linear(4, CLASSES) for _ in range(2)]), 0
+
+        def forward(self, x):
+            return self.heads[self.task](self.norms[self.task](x))
+
+    model, values = Heads(), []
+    laplace, again = (KroneckerLaplace([1.0, 3.0, 1.0], mode=mode, fisher="exact", damping=d) for d in (0.0, 0.7))
+    start = [p.detach().clone() for p in model.parameters()]
+    for task, size in ((0, 10), (1, 6), (1, 4)):
+        model.task = task
+        for one in (laplace, again):
+            one.start(model, samples=size)
+            one.finish()
+            one.consolidate(model, [data(size)[0]])
+    state = again.state_dict()
+    again = KroneckerLaplace([1.0, 3.0, 1.0], mode=mode, fisher="exact", damping=0.7)
+    again.load_state_dict(state)
+    move(model)
+    for one in (laplace, again):
+        one.start(model, samples=5)
+        values.append(one.penalty().item())
+    squares = [(p.detach() - q).square().sum().item() for p, q in zip(model.parameters(), start, strict=True)]
+    names = [name for name, _ in model.named_parameters()]
+    expected = sum(
+        (10 if name.split(".")[1] == "0" else 3 * 6 + 4) * 0.7 * square / (2 * 5)
+        for name, square in zip(names, squares, strict=True)
+    )
+    assert values[1] - values[0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_bias_that_was_first_trained_alone_is_centred_with_its_layer():
+    model, laplace = network(), KroneckerLaplace(mode="online", fisher="exact")
+    model[0].weight.requires_grad_(False)
+    learn(laplace, model, data())
+    assert "0.bias" in laplace._memory.forms[0].diagonal
+    model[0].weight.requires_grad_(True)
+    learn(laplace, model, data(seed=1))
+    assert "0" in laplace._memory.forms[0].layers
+    laplace.start(model)
+    assert laplace.penalty().item() == 0  # the last solution is the only centre
+    before = model[0].bias.detach().clone()
+    with torch.no_grad():
+        model[0].bias += 1
+    assert laplace.penalty().item() > 0
+    laplace.finish()
+    laplace.consolidate(model, [data(seed=2)[0]])
+    assert torch.equal(laplace._memory.forms[0].diagonal["0.bias"].centre, before + 1)
+
+
+def test_compiled_models_are_refused_before_training():
+    model = network()
+    with pytest.raises(ModelError, match=r"layer '_orig_mod\.0'.*torch\.compile.*model\._orig_mod"):
+        KroneckerLaplace().start(torch.compile(model, backend="eager"))
+    model[0] = torch.compile(model[0], backend="eager")
+    with pytest.raises(ModelError, match=r"layer '0\._orig_mod'"):
+        KroneckerLaplace().start(model)
+    KroneckerLaplace(exclude=["0._orig_mod"]).start(model)
+    KroneckerLaplace(0.0).start(model)
+
+
+def test_a_plain_loop_draws_samples_and_keeps_the_weight():
+    model, laplace, (x, y) = network(), KroneckerLaplace(n_samples=5, fisher="exact"), data(30)
+    with laplace.experience(model):
+        F.cross_entropy(model(x), y).backward()
+    with pytest.raises(DataError, match=r"6 samples came and n_samples=5.*draw"):
+        laplace.consolidate(model, x.split(3))
+    assert laplace.experiences == 0
+    chosen = laplace.draw(30)
+    laplace.consolidate(model, x[chosen].split(3))
+    assert laplace._memory.forms[0].weight == 30
+    laplace.start(model, samples=40)  # what is said there counts
+    laplace.finish()
+    laplace.consolidate(model, [x[laplace.draw(30)]])
+    laplace.start(model)
+    laplace.finish()
+    laplace.consolidate(model, [x[:5]])  # nothing drawn: what came
+    assert [form.weight for form in laplace._memory.forms] == [30, 40, 5]
+
+
+def test_the_penalty_is_differentiable_once():
+    model, laplace = network(), KroneckerLaplace()
+    learn(laplace, model, data())
+    move(model)
+    laplace.start(model)
+    (first,) = torch.autograd.grad(laplace.penalty(), model[0].weight, create_graph=True)
+    assert first.any()
+    assert not first.requires_grad  # a constant to whoever differentiates again
+
+
 def test_an_experience_without_strength_moves_the_centre_of_the_online_mode_alone():
     for mode in ("separate", "online"):
         model, laplace = network(), KroneckerLaplace([1.0, 0.0], mode=mode)
@@ -248,22 +416,27 @@ def test_penalty_holds_the_weights_where_the_old_data_needs_them():
     assert rises[0] > 2 * rises[1] > 2 * rises[2] > 0
 
 
-def test_restart_and_pickle_continue_bit_for_bit():
-    results = []
+@pytest.mark.usefixtures("small_is_cheap")
+@pytest.mark.parametrize("mode", ["separate", "online"])
+def test_restart_and_pickle_continue_bit_for_bit(mode):
+    results, kwargs = [], {"mode": mode, "truncate": 0.9, "damping": 0.01}
     for how in ("never stopped", "state", "pickle"):
         torch.manual_seed(0)
-        model = network()
-        laplace = KroneckerLaplace(2.0, mode="online", truncate=0.9, damping=0.01)
+        model = wide()
+        laplace = KroneckerLaplace(2.0, **kwargs)
         for t in range(2):
             learn(laplace, model, data(seed=t))
+        assert thin(laplace) >= 2
         if how == "state":
             buffer = io.BytesIO()
             torch.save(laplace.state_dict(), buffer)
             buffer.seek(0)
-            laplace = KroneckerLaplace(2.0, mode="online", truncate=0.9, damping=0.01)
+            held, laplace = laplace.bytes_held, KroneckerLaplace(2.0, **kwargs)
             laplace.load_state_dict(torch.load(buffer, weights_only=True))
+            assert laplace.bytes_held == held
         if how == "pickle":
             laplace = pickle.loads(pickle.dumps(laplace))
+        assert thin(laplace) >= 2
         learn(laplace, model, data(seed=2))
         results.append([*model.state_dict().values(), torch.tensor(laplace.bytes_by_experience)])
     for other in results[1:]:
@@ -466,7 +639,7 @@ def test_drawn_samples_depend_on_seed_and_experience_alone():
     assert laplace.required_samples() == 5
     with pytest.raises(DataError, match="n_samples<=4"):
         laplace.draw(4)
-    learn(laplace, network(), data())
+    learn(laplace, network(), data(5))
     assert not torch.equal(first, laplace.draw(30))
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from avalanche_gradproj.errors import ConfigurationError, DataError, ModelError, NonFiniteError
+from avalanche_gradproj.layers.scale import Scale
 from avalanche_gradproj.layers.select import cover
 from avalanche_gradproj.methods.kfac_factors import FactorPass
 from avalanche_gradproj.methods.kfac_labels import check_criterion
@@ -371,6 +373,249 @@ def test_norm_layers_on_images_sequence_first_and_used_twice():
             np.testing.assert_allclose(sums.diagonal[name].numpy() / len(x), expected, rtol=1e-9)
 
 
+def against_brute_force(model, x, sizes):
+    """Diagonal terms of the layer `norm` from mini-batches of some sizes, against one sample at a time."""
+    sums = collect(model, x.split(sizes))
+    for name in ("norm.weight", "norm.bias"):
+        expected = np.diag(gauss_newton(model, x, [model.get_parameter(name)]))
+        np.testing.assert_allclose(sums.diagonal[name].numpy() / len(x), expected, rtol=1e-9)
+
+
+class Windows(nn.Module):
+    """Images in windows, [n * windows, tokens, features]; `swapped`: tokens first."""
+
+    def __init__(self, swapped=False):
+        super().__init__()
+        self.norm, self.layer, self.out = nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, CLASSES)
+        self.swapped = swapped
+
+    def forward(self, x):
+        windows = x.reshape(-1, 4, 4)
+        windows = windows.transpose(0, 1) if self.swapped else windows
+        h = torch.tanh(self.layer(self.norm(windows)))
+        h = h.transpose(0, 1) if self.swapped else h
+        return self.out(h.reshape(len(x), -1, 4).square().mean(1))
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(4), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.norm(x.transpose(0, 1))).square().mean(0))
+
+
+class Views(nn.Module):
+    """Two views of each sample, one after the other in the mini-batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.out = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        one, other = torch.tanh(self.norm(self.layer(torch.cat([x, x.flip(1)])))).chunk(2)
+        return self.out(one * other)
+
+
+@pytest.mark.parametrize("sizes", [3, 4, 2, 1, [4, 4, 3, 1]])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (Windows, (8, 4)),
+        (lambda: Windows(swapped=True), (8, 4)),
+        (SequenceFirst, (4, 4)),
+        (Views, (4,)),
+    ],
+    ids=["windows", "windows, tokens first", "sequence first", "views"],
+)
+def test_norm_layers_whose_first_axis_is_not_the_samples(make, shape, sizes):
+    """Also where a number of tokens or windows happens to be the number of samples."""
+    against_brute_force(make(), torch.randn(12, *shape), sizes)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "size", "told"),
+    [
+        (nn.LayerNorm(4), (6, 4), 6, True),
+        (nn.LayerNorm(4), (6, 9, 4), 6, True),
+        (nn.LayerNorm(4), (6, 6, 4), 6, False),
+        (nn.LayerNorm(4), (6, 12, 4), 6, False),
+        (nn.LayerNorm(4), (9, 6, 4), 6, False),
+        (nn.LayerNorm(4), (12, 4, 4), 6, False),
+        (nn.LayerNorm((6, 4)), (6, 6, 4), 6, True),
+        (nn.LayerNorm((6, 4)), (6, 4), 6, False),
+        (nn.RMSNorm(4), (1, 9, 4), 1, True),
+        (nn.BatchNorm2d(6), (6, 6, 6, 6), 6, True),
+        (nn.BatchNorm1d(4), (12, 4), 6, False),
+    ],
+)
+def test_when_a_shape_tells_samples_apart(norm, shape, size, told):
+    """Then no pass a sample is needed."""
+    assert Scale("norm", norm, {}).tells_samples(torch.zeros(shape), size) == told
+
+
+def test_a_norm_layer_used_once_by_sample_and_once_by_view():
+    class Both(Views):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(4, 5), nn.LayerNorm(5)
+
+        def forward(self, x):
+            return self.out(self.norm(torch.tanh(self.layer(x)))) + super().forward(x)
+
+    against_brute_force(Both(), torch.randn(6, 4), 3)
+
+
+def test_norm_layers_that_tell_no_samples_apart_do_not_go_with_batch_statistics():
+    class Both(Views):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(5, track_running_stats=False)
+
+    with pytest.raises(ModelError, match=r"parameter 'norm\.weight'.*layer 'norm' normalises by the mini-batch"):
+        collect(Both(), [torch.randn(4, 4)])
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "one by one"])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_embeddings_with_sparse_gradients(sparse, batched):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.out = nn.Embedding(7, 4, sparse=sparse), nn.Linear(4, CLASSES)
+
+        def forward(self, tokens):
+            h = self.embedding(tokens)
+            if not batched:
+                h = h * (2.0 if float(h.detach().sum()) > 1e9 else 1.0)  # what vmap cannot look at
+            return self.out(torch.tanh(h).mean(1))
+
+    model, tokens = Words(), torch.randint(7, (5, 3))
+    sums = collect(model, [tokens])
+    dense = nn.Embedding.from_pretrained(model.embedding.weight.detach(), freeze=False)
+    model.embedding = dense
+    expected = np.diag(gauss_newton(model, tokens, [dense.weight])).reshape(7, 4)
+    np.testing.assert_allclose(sums.diagonal["embedding.weight"].numpy() / 5, expected, rtol=1e-9, atol=1e-13)
+
+
+class Backbone(nn.Module):
+    """A body without gradients, a head with some."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 5))
+        self.first, self.head, self.run = nn.Linear(4, 4), nn.Linear(5, CLASSES), run
+
+    def forward(self, x):
+        return self.head(self.run(self.body, self.first(x)))
+
+
+def without_gradients(body, x):
+    with torch.no_grad():
+        return body(x)
+
+
+def test_layers_that_the_model_runs_without_gradients_have_no_factors():
+    model, x = Backbone(without_gradients), torch.randn(6, 4)
+    sums = collect(model, [x[:4], x[4:]])
+    assert [name for name in sums.layers if sums.layers[name].factors(6) is not None] == ["head"]
+    assert not sums.diagonal
+    b = gauss_newton(model, x, [model.head.bias])
+    np.testing.assert_allclose(pair(sums, "head")[1][0], b, atol=1e-12)
+
+
+def test_checkpoints():
+    x = torch.randn(6, 4)
+    plain = Backbone(lambda body, x: body(x))
+    kept = Backbone(lambda body, x: checkpoint(body, x, use_reentrant=False))
+    kept.load_state_dict(plain.state_dict())
+    one, other = collect(plain, [x]), collect(kept, [x])
+    for name in one.layers:
+        for a, b in zip(pair(one, name), pair(other, name), strict=True):
+            np.testing.assert_allclose(a, b)
+    assert sorted(one.diagonal) == sorted(other.diagonal) == ["body.1.bias", "body.1.weight"]
+    with pytest.raises(ModelError, match="use_reentrant=False"):
+        collect(Backbone(lambda body, x: checkpoint(body, x, use_reentrant=True)), [x])
+
+
+def test_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(ModelError, match="inference_mode"):
+        collect(linear(), [torch.randn(3, 4)])
+
+
+def test_a_model_whose_layers_are_never_called_is_refused():
+    class Hidden(nn.Module):
+        """As a compiled model, it does not call its layers' hooks."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, CLASSES)
+
+        def forward(self, x):
+            return F.linear(x, self.layer.weight, self.layer.bias)
+
+    with pytest.raises(ModelError, match=r"none of the covered layers was called.*torch\.compile"):
+        collect(Hidden(), [torch.randn(3, 4)])
+
+
+class Masked(nn.Module):
+    """Only the first classes have finite logits."""
+
+    def __init__(self, fill=-float("inf")):
+        super().__init__()
+        self.hidden, self.out, self.fill = nn.Linear(4, 5), nn.Linear(5, CLASSES + 2), fill
+        self.shift = nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        mask = torch.arange(CLASSES + 2) >= CLASSES
+        return self.out(torch.tanh(self.hidden(x)) + self.shift).masked_fill(mask, self.fill)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
+def test_classes_that_are_masked_have_no_part(fisher):
+    model, x, y = Masked(), torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    sums = collect(model, [(x, y)], fisher=fisher)
+    a, b = pair(sums, "out")
+    assert not b[0, CLASSES:].any()
+    model.fill = -1e4  # no probability either
+    again = collect(model, [(x, y)], fisher=fisher)
+    np.testing.assert_allclose(b, pair(again, "out")[1], atol=1e-12)
+    np.testing.assert_allclose(pair(sums, "hidden")[1], pair(again, "hidden")[1], atol=1e-12)
+    np.testing.assert_allclose(sums.diagonal["shift"], again.diagonal["shift"], atol=1e-12)
+    assert b[0, :CLASSES].any()
+    assert a.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_other_logits_that_are_not_finite_are_refused(value):
+    with pytest.raises(NonFiniteError, match="logit"):
+        collect(Masked(value), [torch.randn(3, 4)])
+
+    class Nothing(nn.Sequential):
+        def forward(self, x):
+            logits = super().forward(x)
+            return torch.where(torch.arange(len(x))[:, None] == 1, -float("inf"), logits)
+
+    with pytest.raises(NonFiniteError, match="all of a sample are masked"):
+        collect(Nothing(nn.Linear(4, CLASSES)), [torch.randn(3, 4)])
+
+
+@pytest.mark.parametrize(
+    ("batch", "match"),
+    [
+        ({"x": torch.ones(2, 4)}, "is a dict"),
+        (({"x": torch.ones(2, 4)}, torch.zeros(2)), "tuple whose inputs are a dict"),
+        (["x", "y"], "list whose inputs are a str"),
+        ((), "is a tuple"),
+    ],
+)
+def test_inputs_that_are_no_tensors_are_refused(batch, match):
+    for forward in (None, lambda model, own: model(own["x"])):
+        with pytest.raises(DataError, match=f"{match}.*inputs must be tensors"):
+            collect(linear(), [batch], forward=forward)
+
+
 def test_means_and_totals_for_whoever_needs_them():
     model, x = linear(), torch.randn(6, 4)
     run = FactorPass(
@@ -497,6 +742,17 @@ def test_labels_refused(batch, match):
         collect(linear(), [batch], fisher="empirical")
 
 
+class Squared(nn.CrossEntropyLoss):
+    """A subclass that computes something else."""
+
+    def forward(self, z, y):
+        return super().forward(z, y) ** 2
+
+
+class Named(nn.CrossEntropyLoss):
+    """A subclass that computes the same."""
+
+
 @pytest.mark.parametrize(
     ("criterion", "fisher", "accepted"),
     [
@@ -507,6 +763,9 @@ def test_labels_refused(batch, match):
         (nn.MSELoss(), "sampled", False),
         (nn.CrossEntropyLoss(reduction="sum"), "exact", False),
         (nn.CrossEntropyLoss(weight=torch.ones(3)), "sampled", False),
+        (Squared(), "exact", False),
+        (Squared(), "empirical", True),
+        (Named(), "sampled", True),
         (nn.MSELoss(), "empirical", True),
         (nn.CrossEntropyLoss(reduction="none"), "empirical", False),
     ],

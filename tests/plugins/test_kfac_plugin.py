@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
@@ -20,6 +21,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from avalanche_gradproj import ConfigurationError, DataError, GPMPlugin, KFACLaplace, KFACLaplacePlugin, NonFiniteError
+from avalanche_gradproj.linalg import kronecker
+from avalanche_gradproj.methods.kfac import KroneckerLaplace
 from avalanche_gradproj.metrics import memory_metrics
 from avalanche_gradproj.testing import MethodCase, leftovers, strategy, stream
 
@@ -89,6 +92,93 @@ def test_weights_are_those_of_a_plain_loop(mode):
         learner.train(whole.train_stream[0])
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(learner.model.state_dict()[name], value, rtol=1e-8, atol=1e-10)
+
+
+def unequal(features=12):
+    """Three experiences of 40, 24 and 32 samples."""
+    torch.manual_seed(0)
+    targets = [0] * 40 + [1] * 24 + [2] * 32
+    data = ClassificationDataset(
+        [TensorDataset(torch.randn(96, features).double(), torch.tensor(targets))],
+        data_attributes=[DataAttribute(targets, "targets")],
+    )
+    return class_incremental_benchmark({"train": data, "test": data}, class_order=[0, 1, 2], num_experiences=3)
+
+
+@pytest.mark.parametrize("mode", ["separate", "online"])
+@pytest.mark.parametrize("n_samples", [None, 16])
+def test_weights_of_experiences_of_unequal_sizes(mode, n_samples):
+    """N is the size of each experience, whatever is drawn from it; a step takes in the whole experience here."""
+    kwargs = {"mode": mode, "fisher": "exact", "n_samples": n_samples}
+    plugin, laplace = KFACLaplacePlugin(2.0, record_batch_size=7, **kwargs), KroneckerLaplace(2.0, **kwargs)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    plain = copy.deepcopy(model)
+    learner = Naive(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        train_mb_size=96,
+        train_epochs=2,
+        plugins=[plugin],
+        evaluator=EvaluationPlugin(),
+    )
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for experience in unequal().train_stream:
+        x = torch.stack([sample[0] for sample in experience.dataset])
+        y = torch.tensor([int(sample[1]) for sample in experience.dataset])
+        with laplace.experience(plain, samples=len(x)):
+            for _ in range(2):
+                optimizer.zero_grad()
+                (F.cross_entropy(plain(x), y) + laplace.penalty()).backward()
+                optimizer.step()
+        laplace.consolidate(plain, [x[laplace.draw(len(x))]])
+        learner.train(experience)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-8, atol=1e-10)
+    expected = [80.0, 48.0, 64.0] if mode == "separate" else [192.0]
+    assert [form.weight for form in plugin.method._memory.forms] == expected
+
+
+class Broken(SupervisedTemplate.PLUGIN_CLASS):
+    """Breaks off training in the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.on = False
+
+    def after_update(self, strategy, *args, **kwargs):
+        if self.on:
+            raise KeyboardInterrupt
+
+
+def test_training_that_is_broken_off_leaves_no_reference_to_the_model():
+    plugin, broken = KFACLaplacePlugin(), Broken()
+    learner = incremental([plugin, broken])
+    experiences = class_incremental()
+    learner.train(experiences[0])
+    broken.on = True
+    with pytest.raises(KeyboardInterrupt):
+        learner.train(experiences[1])
+    assert not plugin.method.penalising
+    assert plugin.method._training is None
+    assert "training_epoch" not in learner.__dict__
+    assert plugin.method.experiences == 1
+    broken.on = False
+    learner.train(experiences[1])
+    assert plugin.method.experiences == 2
+    assert "training_epoch" not in learner.__dict__
+
+
+def test_an_epoch_that_never_runs_leaves_the_strategy_as_it_was():
+    class Stop(SupervisedTemplate.PLUGIN_CLASS):
+        def before_training_epoch(self, strategy, *args, **kwargs):
+            strategy.stop_training()
+
+    plugin = KFACLaplacePlugin()
+    learner = learning(nn.Sequential(nn.Linear(12, 6)), [plugin, Stop()])
+    learner.train(class_incremental()[0])
+    assert plugin.method.experiences == 1
+    assert "training_epoch" not in learner.__dict__
 
 
 @pytest.mark.parametrize("heads", [False, True], ids=["domain-incremental", "task-incremental"])
@@ -236,13 +326,15 @@ def test_diverged_training_names_the_cause():
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_beside_other_plugins(first):
+def test_beside_other_plugins(first, monkeypatch):
+    monkeypatch.setattr(kronecker, "OPERATION_COST", 0)  # truncate the factors of a small network too
     benchmark, plugin = stream(), KFACLaplacePlugin(2.0, truncate=0.9)
     others = [ReplayPlugin(mem_size=20), EWCPlugin(ewc_lambda=0.5), GPMPlugin(threshold=0.6, n_samples=40)]
     learner = strategy(CASE, [plugin, *others] if first else [*others, plugin])
     for experience in benchmark.train_stream:
         learner.train(experience)
     assert all(torch.isfinite(p).all() for p in learner.model.parameters())
+    assert "eigenvectors" in str(plugin.report())
     assert max(others[2].method.leak.values()) < 1e-4  # what was added to the loss is projected too
 
 
