@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ class MethodPlugin(SupervisedPlugin):
     In an online stream with `access_task_boundaries=True`, whose experiences are pieces of larger ones, the method
     consolidates after the last piece of each, on the whole of it; without boundaries every piece is an experience of
     its own.
+
+    The method's hooks live only while `training_epoch` runs, and what it holds of the model is let go of if that is
+    broken off: Avalanche has no callback for an exception, so the plugin wraps that call, once an epoch, in a context.
 
     Args:
         method: the core.
@@ -86,8 +90,22 @@ class MethodPlugin(SupervisedPlugin):
         """Start the method on an experience of `size` samples."""
         self.method.start(strategy.model, strategy.optimizer, heads=task_heads(strategy.model))
 
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        try:
+            with self.method.active():
+                yield
+        except BaseException:
+            self.method.abandon()
+            raise
+
+    def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Arrange for the coming epoch to run inside the method's context."""
+        run_inside(strategy, self._inside)
+
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Finish, and learn from the experience what later ones must respect."""
+        restore_epoch(strategy)
         self.method.finish()
         experience = strategy.experience
         if _is_piece(experience):
@@ -119,9 +137,6 @@ class MethodPlugin(SupervisedPlugin):
 class GradientTransformPlugin(MethodPlugin):
     """Runs a `GradientTransform`: gradients change in `after_backward`, steps in `after_update`.
 
-    The method's hooks live only while `training_epoch` runs: Avalanche has no callback for an exception, so the
-    plugin wraps that call, once an epoch, in the method's context.
-
     Args:
         method: the core.
         record_batch_size: samples in a mini-batch of the pass over the data after an experience.
@@ -143,7 +158,7 @@ class GradientTransformPlugin(MethodPlugin):
 
     def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Arrange for the coming epoch to run inside the method's context."""
-        run_inside(strategy, self.method.active)
+        super().before_training_epoch(strategy, *args, **kwargs)
         self.method.listen(False)
 
     def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -161,11 +176,6 @@ class GradientTransformPlugin(MethodPlugin):
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Transform the step."""
         self.method.after_step()
-
-    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Finish, and learn from the experience what later ones must respect."""
-        restore_epoch(strategy)
-        super().after_training_exp(strategy, *args, **kwargs)
 
 
 def _is_piece(experience: Any) -> bool:

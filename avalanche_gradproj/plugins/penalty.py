@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from avalanche.models.cosine_layer import CosineIncrementalClassifier
 from torch import nn
 
 from avalanche_gradproj.methods.base import Penalty
-from avalanche_gradproj.plugins.base import MethodPlugin, restore_epoch, run_inside
+from avalanche_gradproj.plugins.base import MethodPlugin
 
 #: Heads that belong to one task: data of other tasks gives them no gradient. (Those of cosine layers, which grow by
 #: changing the names of their parameters, count among them.)
@@ -30,9 +29,6 @@ def own_heads(model: nn.Module) -> list[str]:
 class PenaltyPlugin(MethodPlugin):
     """Runs a `Penalty`: added to `strategy.loss` before each backward pass, so that the loss that is logged holds it.
 
-    Avalanche has no callback for an exception: each call of `training_epoch` runs in a context that lets go of the
-    model after one.
-
     Args:
         method: the core.
         record_batch_size: samples in a mini-batch of the pass over the data after an experience.
@@ -48,23 +44,6 @@ class PenaltyPlugin(MethodPlugin):
 
     def _start(self, strategy: Any, size: int) -> None:
         self.method.start(strategy.model, strategy.optimizer, heads=own_heads(strategy.model), samples=size)
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.method.abandon()
-            raise
-
-    def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Arrange for the model to be let go of if the coming epoch is broken off."""
-        run_inside(strategy, self._guard)
-
-    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Finish, and learn from the experience what later ones must respect."""
-        restore_epoch(strategy)
-        super().after_training_exp(strategy, *args, **kwargs)
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Add the penalty to the loss, where there is one."""

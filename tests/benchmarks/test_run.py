@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks import evaluate, resources
 from benchmarks.jobs import make_job
+from benchmarks.methods import find_method
 from benchmarks.models import build_model
 from benchmarks.run import build_stream, run, write_json, write_text
 from benchmarks.settings import InputError, apply
@@ -75,6 +76,30 @@ def test_forgetting_is_there_to_be_prevented():
     result = once("digits-permuted", "naive", epochs="4", train_limit="0", n_experiences="5")
     assert result["bwt"] < -20
     assert min(result["accuracy_matrix"][i][i] for i in range(5)) > 80
+
+
+def test_settings_reach_the_plugins():
+    """Each in its place: two numbers that change places would train all the same."""
+
+    def plugin(method, **changes):
+        job = make_job("pmnist-logd", method, 7, CPU, changes)
+        return find_method(method).plugins(job.settings, job.seed)[0]
+
+    gem = plugin("gem", gem_patterns="11", memory_strength="0.25")
+    assert (gem.patterns_per_experience, gem.memory_strength) == (11, 0.25)
+    agem = plugin("agem", agem_patterns="30", agem_sample_size="21")
+    assert (agem.patterns_per_experience, agem.sample_size) == (30, 21)
+    logd = plugin("logd", patterns_per_exp="9", n_components="2", margin="0.75", blocks="network", selection="random")
+    core = logd.method
+    assert (core.memory.size, core.memory.selection, core.memory.seed) == (9, "random", 7)
+    assert (core.n_components, core.variant, core.margin, core.blocks) == (2, "official", 0.75, "network")
+    assert plugin("logd", n_components="all", variant="paper").method.n_components is None
+    ogd = plugin("ogd", n_gradients="13", target="ave", ogd_max_mb="3").method
+    assert (ogd.n_gradients, ogd.target, ogd.max_bytes, ogd.seed) == (13, "ave", 3_000_000, 7)
+    assert plugin("ogd").method.max_bytes is None
+    kfac = plugin("kfac", mode="separate", fisher="exact", n_factor_samples="5", truncate="0.9", damping="0.1").method
+    assert (kfac.mode, kfac.fisher, kfac.n_samples, kfac.truncate, kfac.damping) == ("separate", "exact", 5, 0.9, 0.1)
+    assert plugin("kfac").method.truncate is None
 
 
 def test_a_run_leaves_no_test_images_behind():
