@@ -10,8 +10,15 @@ from avalanche_gradproj.errors import (
     NonFiniteError,
     StateError,
 )
-from avalanche_gradproj.plugins import GPMPlugin, InMemoryDataPlugin, KFACLaplacePlugin, LOGDPlugin, OGDPlugin
-from avalanche_gradproj.strategies import GPM, LOGD, OGD, KFACLaplace
+from avalanche_gradproj.plugins import (
+    GPMPlugin,
+    InMemoryDataPlugin,
+    KFACLaplacePlugin,
+    LOGDPlugin,
+    OGDPlugin,
+    XKFACPlugin,
+)
+from avalanche_gradproj.strategies import GPM, LOGD, OGD, XKFAC, KFACLaplace
 
 try:
     __version__ = version("avalanche-gradproj")
@@ -22,6 +29,7 @@ __all__ = [
     "GPM",
     "LOGD",
     "OGD",
+    "XKFAC",
     "ConfigurationError",
     "DataError",
     "GPMPlugin",
@@ -34,4 +42,5 @@ __all__ = [
     "NonFiniteError",
     "OGDPlugin",
     "StateError",
+    "XKFACPlugin",
 ]

@@ -12,6 +12,7 @@ from avalanche_gradproj.plugins.gpm import GPMPlugin
 from avalanche_gradproj.plugins.kfac import KFACLaplacePlugin
 from avalanche_gradproj.plugins.logd import LOGDPlugin
 from avalanche_gradproj.plugins.ogd import OGDPlugin
+from avalanche_gradproj.plugins.xkfac import XKFACPlugin
 
 
 def strategy_constructor(plugin_class: Callable[..., Any]) -> Callable[..., None]:
@@ -90,3 +91,14 @@ class KFACLaplace(SupervisedTemplate):
 
     plugin: KFACLaplacePlugin
     __init__ = strategy_constructor(KFACLaplacePlugin)
+
+
+class XKFAC(SupervisedTemplate):
+    """K-FAC extended to networks with BatchNorm (arXiv 2004.07507) as a strategy.
+
+    Takes the arguments of Avalanche's `SupervisedTemplate` and those of `XKFACPlugin`; `strategy.plugin` is the plugin.
+    `eval_mb_size=None` means `train_mb_size`.
+    """
+
+    plugin: XKFACPlugin
+    __init__ = strategy_constructor(XKFACPlugin)

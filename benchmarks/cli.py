@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from benchmarks.settings import InputError, parse_assignments, values
 
 _BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
-_ALL_METHODS = "naive,ewc,replay,gem,agem,gpm,ogd,logd,kfac,joint"
+_ALL_METHODS = "naive,ewc,replay,gem,agem,gpm,ogd,logd,kfac,xkfac,joint"
 
 Data = Annotated[
     list[str] | None,

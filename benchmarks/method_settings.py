@@ -126,6 +126,37 @@ class KfacSettings:
 
 
 @dataclass(frozen=True)
+class XkfacSettings:
+    """XK-FAC, and what is left of it without some of its parts.
+
+    Attributes:
+        strength: `balanced`, or the weight of an experience's curvature, 1 as the data make it.
+        adaptive: scales that drive loss and penalty to similar values.
+        mode: `separate` keeps every experience's factors, `online` one form a layer.
+        fisher: labels of the curvature: `sampled`, `exact` or `empirical`.
+        n_factor_samples: training samples that factors are made of, or `all`.
+        factor_batch: samples of a mini-batch in the passes over the data: the curvature is that of such batches.
+        truncate: share of a factor's squared norm that is kept in eigenvectors, 1 for all of it.
+        damping: added to the curvature of every penalised parameter.
+        reparameterise: merged weights as the layers' own at the start of an experience.
+        inter_example: the curvature's term across samples.
+        batchnorm: `merge` with layers, `freeze` after the first experience, or `track`.
+    """
+
+    strength: Literal["balanced"] | float = setting("balanced", minimum=0)
+    adaptive: bool = setting(True)
+    mode: Literal["separate", "online"] = setting("online")
+    fisher: Literal["sampled", "exact", "empirical"] = setting("sampled")
+    n_factor_samples: int | Literal["all"] = setting("all", minimum=1)
+    factor_batch: int = setting(128, minimum=2)
+    truncate: float = setting(1.0, above=0, maximum=1)
+    damping: float = setting(0.0, minimum=0)
+    reparameterise: bool = setting(True)
+    inter_example: bool = setting(True)
+    batchnorm: Literal["merge", "freeze", "track"] = setting("merge")
+
+
+@dataclass(frozen=True)
 class GemSettings:
     """Gradient episodic memory, as Avalanche has it.
 

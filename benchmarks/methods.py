@@ -21,6 +21,7 @@ from benchmarks.method_settings import (
     NoSettings,
     OgdSettings,
     ReplaySettings,
+    XkfacSettings,
 )
 from benchmarks.settings import unknown
 
@@ -141,6 +142,28 @@ def _kfac(settings: KfacSettings, seed: int) -> list[Any]:
     ]
 
 
+def _xkfac(settings: XkfacSettings, seed: int) -> list[Any]:
+    """This package's XK-FAC."""
+    from avalanche_gradproj import XKFACPlugin
+
+    return [
+        XKFACPlugin(
+            settings.strength,
+            adaptive=settings.adaptive,
+            mode=settings.mode,
+            fisher=settings.fisher,
+            damping=settings.damping,
+            n_samples=None if settings.n_factor_samples == "all" else settings.n_factor_samples,
+            reparameterise=settings.reparameterise,
+            inter_example=settings.inter_example,
+            batchnorm=settings.batchnorm,
+            truncate=settings.truncate if settings.truncate < 1 else None,
+            seed=seed,
+            record_batch_size=settings.factor_batch,
+        )
+    ]
+
+
 def _gem(settings: GemSettings, seed: int) -> list[Any]:
     """Avalanche's GEM."""
     from avalanche.training.plugins import GEMPlugin
@@ -187,6 +210,9 @@ METHODS: dict[str, Method] = {
         Method("gpm", "gradient projection memory", GpmSettings, _gpm),
         Method("ogd", "orthogonal gradient descent", OgdSettings, _ogd),
         Method("kfac", "K-FAC Laplace", KfacSettings, _kfac),
+        Method("xkfac", "K-FAC extended to networks with BatchNorm", XkfacSettings, _xkfac),
+        Method("kfac-merged", "XK-FAC without the term across samples", XkfacSettings, _xkfac),
+        Method("kfac-fixed-bn", "K-FAC with BatchNorm fixed after the first experience", XkfacSettings, _xkfac),
         Method("logd", "layerwise optimization by gradient decomposition", LogdSettings, _logd),
     )
 }

@@ -238,6 +238,15 @@ def _lenet(stream: Stream, hidden: int) -> nn.Module:
     return model
 
 
+def _mlp_batch_norm(stream: Stream, hidden: int) -> nn.Module:
+    """Two hidden layers of `hidden` units, each with BatchNorm before its ReLU, and one output layer; with biases."""
+    units = (torch.Size(stream.input_shape).numel(), hidden, hidden)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise(units):
+        layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, stream.n_outputs))
+
+
 def _slim_resnet(stream: Stream, hidden: int) -> nn.Module:
     """The reduced ResNet-18 of the GEM family, with 20 filters and BatchNorm with running statistics."""
     del hidden
@@ -263,6 +272,7 @@ _BUILDERS: dict[str, Callable[[Stream, int], nn.Module]] = {
     "mlp": _mlp,
     "mlp-bias": _mlp_with_biases,
     "mlp-xavier": _mlp_xavier,
+    "mlp-bn": _mlp_batch_norm,
     "alexnet": _alexnet,
     "lenet": _lenet,
     "slim-resnet18": _slim_resnet,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.methods import find_method
-from benchmarks.protocol_records.curvature import PMNIST_KFAC
+from benchmarks.protocol_records.curvature import DIGITS_BN, PMNIST_BN, PMNIST_KFAC
 from benchmarks.protocol_records.digits import DIGITS_PERMUTED, DIGITS_SPLIT, NPZ_PERMUTED, NPZ_SPLIT
 from benchmarks.protocol_records.gpm import CIFAR100_GPM, CIFAR100_SUPERCLASS, PMNIST_GPM
 from benchmarks.protocol_records.gradients import CIFAR100_LOGD, PMNIST_LOGD, PMNIST_OGD, RMNIST_LOGD
@@ -30,6 +30,8 @@ PROTOCOLS: dict[str, Protocol] = {
         CIFAR100_LOGD,
         PMNIST_OGD,
         PMNIST_KFAC,
+        PMNIST_BN,
+        DIGITS_BN,
         NPZ_SPLIT,
         NPZ_PERMUTED,
     )

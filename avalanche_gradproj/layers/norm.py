@@ -1,13 +1,13 @@
-"""Running statistics of normalisation layers: held while a context lasts."""
+"""Statistics of normalisation layers: held, or replaced by those of the mini-batch, while a context lasts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 
 def tracked_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -27,15 +27,16 @@ def untracked_norms(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def held_statistics(model: nn.Module) -> Iterator[None]:
+def held_statistics(model: nn.Module, norms: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Normalise with the running statistics, and leave them as they are, also in training.
 
     The layers are put into evaluation mode and given back their mode at the end, also after an exception.
 
     Args:
         model: a model in training mode; layers already in evaluation mode stay in it.
+        norms: those of its layers; default all that keep statistics.
     """
-    held = [module for module in tracked_norms(model).values() if module.training]
+    held = [norm for norm in (tracked_norms(model).values() if norms is None else norms) if norm.training]
     with ExitStack() as stack:
         for module in held:
             module.eval()
@@ -47,3 +48,43 @@ def held_statistics(model: nn.Module) -> Iterator[None]:
 
 def _evaluate(module: nn.Module, args: Any) -> None:
     module.training = False
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return every BatchNorm by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+@contextmanager
+def batch_statistics(norms: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Normalise by the mini-batch while the context lasts, in evaluation mode too; running statistics do not move.
+
+    Args:
+        norms: the layers.
+    """
+    with ExitStack() as stack:
+        for norm in norms:
+            for key in ("running_mean", "running_var"):
+                # Without statistics to fall back on, a BatchNorm takes those of the mini-batch.
+                stack.callback(setattr, norm, key, getattr(norm, key))
+                setattr(norm, key, None)
+        yield
+
+
+@contextmanager
+def frozen(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep layers as they are while the context lasts: statistics held, scale and shift without a gradient.
+
+    Args:
+        model: the model.
+        norms: its layers that keep running statistics.
+    """
+    norms = list(norms)
+    with ExitStack() as stack:
+        stack.enter_context(held_statistics(model, norms))
+        for parameter in [p for norm in norms for p in norm.parameters() if p.requires_grad]:
+            # Without a gradient no optimizer touches them, whatever momentum or weight decay it has.
+            parameter.grad = None
+            parameter.requires_grad_(False)
+            stack.callback(parameter.requires_grad_)
+        yield

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_gradproj.layers.attention import watched_projections
+from avalanche_gradproj.layers.merged import MergedUnit
 from avalanche_gradproj.layers.unit import OnCall, Unit
 
 #: A sink of layer inputs: `sink(unit, input)`.
@@ -43,6 +44,8 @@ def watch(units: Iterable[Unit], on_call: OnCall) -> Iterator[None]:
         for module, own in by_module.items():
             if isinstance(module, nn.MultiheadAttention):
                 stack.enter_context(_watch_attention(module, own, on_call))
+            elif isinstance(own[0], MergedUnit):
+                stack.enter_context(_watch_merged(own[0], on_call))
             else:
                 handle = module.register_forward_hook(_hook(own[0], on_call), with_kwargs=True)
                 stack.callback(handle.remove)
@@ -54,6 +57,23 @@ def _hook(unit: Unit, on_call: OnCall) -> Callable[..., Tensor | None]:
         return on_call(unit, args[0] if args else next(iter(kwargs.values())), output, slice(None))
 
     return hook
+
+
+@contextmanager
+def _watch_merged(unit: MergedUnit, on_call: OnCall) -> Iterator[None]:
+    """Report the layer's input with the output of the BatchNorm behind it."""
+    entered: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered[:] = [args[0] if args else next(iter(kwargs.values()))]
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return on_call(unit, entered.pop(), output, slice(None)) if entered else None
+
+    with ExitStack() as stack:
+        stack.callback(unit.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(unit.norm.register_forward_hook(after).remove)
+        yield
 
 
 @contextmanager

@@ -82,6 +82,15 @@ class Unit:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Every parameter that the matrix depends on."""
+        return tuple(part.parameter for part in self.slices)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the live tensors that make up the matrix: the weight [blocks * out, ...] and possibly the bias."""
+        return tuple(part.of(part.parameter) for part in self.slices)
+
+    @property
     def is_whole(self) -> bool:
         """Whether the unit shares none of its parameters with another one."""
         return all(part.is_whole for part in self.slices)

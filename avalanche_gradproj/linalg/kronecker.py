@@ -131,11 +131,28 @@ class Factor:
             share: see `truncated`; None truncates nothing.
             columns: of the matrices that it will multiply.
         """
-        if share is None:
+        if share is None or self.rest is not None:
             return self
         thin = self.truncated(share)
         whole = 2.0 * self.size**2 * columns + OPERATION_COST
         return thin if 4.0 * self.size * thin.rank * columns + 2 * OPERATION_COST < whole else self
+
+    def plus(self, other: Factor) -> Factor:
+        """Return the sum with another factor of as many rows; thin if both are and if that takes less memory."""
+        if (
+            isinstance(self.rest, Tensor)
+            and isinstance(other.rest, Tensor)
+            and 2 * (self.rank + other.rank) <= self.size
+        ):
+            return Factor(torch.cat([self.matrix, other.matrix], dim=2), self.rest + other.rest)
+        return Factor(self.whole() + other.whole())
+
+    def whole(self) -> Tensor:
+        """Return the matrix that the factor is [blocks, n, n]."""
+        if not isinstance(self.rest, Tensor):
+            return self.matrix
+        identity = torch.eye(self.size, device=self.matrix.device, dtype=self.matrix.dtype)
+        return self.matrix @ self.matrix.mT + self.rest[:, None, None] * identity
 
     def state(self) -> dict[str, Tensor | None]:
         """Return copies on the host."""

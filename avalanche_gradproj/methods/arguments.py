@@ -39,6 +39,17 @@ def strengths(given: Any) -> tuple[float, ...]:
     return tuple(one_number("strength", v, float, "a number from 0, or one an experience", finite) for v in values)
 
 
+def switches(**given: Any) -> None:
+    """Check arguments that are True or False.
+
+    Raises:
+        ConfigurationError: naming the first that is neither.
+    """
+    for argument, value in given.items():
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"{argument}={value!r}: give True or False")
+
+
 def finite(value: float) -> bool:
     """Whether a number is neither negative nor infinite."""
     return 0 <= value < float("inf")

@@ -108,11 +108,15 @@ class Method(ABC):
         """Return what is done with every parameter."""
 
     @contextmanager
-    def experience(
-        self, model: nn.Module, optimizer: Optimizer | None = None, *, heads: Sequence[str] = ()
-    ) -> Iterator[None]:
-        """`start`, `active` and `finish` as one context, for plain PyTorch loops."""
-        self.start(model, optimizer, heads=heads)
+    def experience(self, model: nn.Module, optimizer: Optimizer | None = None, **settings: Any) -> Iterator[None]:
+        """`start`, `active` and `finish` as one context, for plain PyTorch loops.
+
+        Args:
+            model: the model.
+            optimizer: what will take the steps.
+            **settings: further arguments of `start`.
+        """
+        self.start(model, optimizer, **settings)
         try:
             with self.active():
                 yield
@@ -171,25 +175,6 @@ class Penalty(Method):
             samples: samples of the experience, over which its loss is a mean; None for as many as the last one had.
         """
 
-    @contextmanager
-    def experience(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | None = None,
-        *,
-        heads: Sequence[str] = (),
-        samples: int | None = None,
-    ) -> Iterator[None]:
-        """`start`, `active` and `finish` as one context, for plain PyTorch loops."""
-        self.start(model, optimizer, heads=heads, samples=samples)
-        try:
-            with self.active():
-                yield
-        except BaseException:
-            self.abandon()
-            raise
-        self.finish()
-
     @property
     @abstractmethod
     def penalising(self) -> bool:
@@ -198,6 +183,14 @@ class Penalty(Method):
     @abstractmethod
     def penalty(self) -> Tensor:
         """Return the differentiable scalar to be added to the loss of a mini-batch."""
+
+    def objective(self, loss: Tensor) -> Tensor:
+        """Return what a training step minimises.
+
+        Args:
+            loss: of the mini-batch, a scalar.
+        """
+        return loss + self.penalty()
 
 
 class TaskWeights(Method):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,17 +19,9 @@ from avalanche_gradproj.methods.kfac_factors import FactorPass
 from avalanche_gradproj.methods.kfac_labels import Criterion, at_most, check_criterion
 from avalanche_gradproj.methods.kfac_memory import MODES, CurvatureMemory
 from avalanche_gradproj.methods.kfac_model import curvature_of, penalty_of, recentred, refuse_compiled
-from avalanche_gradproj.methods.kfac_penalty import QuadraticPenalty
+from avalanche_gradproj.methods.kfac_penalty import QuadraticPenalty, TrainingExperience
 from avalanche_gradproj.methods.kfac_report import laplace_report
 from avalanche_gradproj.methods.report import Report
-
-
-@dataclass
-class _Experience:
-    """The experience in training."""
-
-    penalty: QuadraticPenalty | None
-    zero: Tensor
 
 
 class KroneckerLaplace(Penalty):
@@ -62,8 +53,8 @@ class KroneckerLaplace(Penalty):
     Departures from the paper: see docs/kfac.md.
 
     Args:
-        strength: lambda, at least 0: one for all experiences or one each; the last one holds for all further ones. 0
-            leaves an experience out; with 0 everywhere the method does nothing at all.
+        strength: lambda, at least 0: one for all experiences, or one each, of which the last holds for further ones. 0
+            leaves an experience out, everywhere it does nothing at all.
         mode: `"separate"`, or `"online"`: one pair of factors a layer, averaged, centred on the last solution.
         fisher: `"sampled"`: labels drawn from the model's prediction, one a sample; `"exact"`: all classes, a backward
             pass each; `"empirical"`: the true labels, which gives no Fisher matrix.
@@ -121,7 +112,7 @@ class KroneckerLaplace(Penalty):
         self._drawn_from: int | None = None
         self._heads: tuple[str, ...] = ()
         self._report: Report | None = None
-        self._training: _Experience | None = None
+        self._training: TrainingExperience | None = None
 
     @property
     def bytes_held(self) -> int:
@@ -186,10 +177,9 @@ class KroneckerLaplace(Penalty):
         coverage = self._cover(model)
         if self._strength():
             refuse_compiled(coverage)
-        current = samples or self._last_samples
-        penalty = penalty_of(coverage, self._memory.forms, current or 1, self.damping)
         first = next(iter(coverage.parameters.values()))
-        self._training = _Experience(penalty, torch.zeros((), device=first.device))
+        zero = torch.zeros((), device=first.device)
+        self._training = TrainingExperience(self._penalty_on(coverage), zero, model, coverage.units)
         self._describe(model, coverage)
 
     def active(self) -> AbstractContextManager[None]:
@@ -221,27 +211,16 @@ class KroneckerLaplace(Penalty):
             forward: runs the model on a batch and gives logits [n, classes]; default `model(inputs)`.
 
         Raises:
-            DataError: for no samples, more than `n_samples`, inputs that are no tensors, missing targets, or one sample
-                alone where layers normalise by the mini-batch.
-            ModelError: if the model gives no logits, a parameter's gradient cannot be told by sample, or layers cannot
-                be watched (see `kfac_factors.FactorPass.run`).
-            NonFiniteError: for infinite values, naming the layer or parameter.
+            DataError: for no samples, or more than `n_samples`; and that of `kfac_factors.FactorPass.run`, as well as
+                its ModelError and NonFiniteError.
         """
         coverage = self._cover(model)
         before, strength = self.bytes_held, self._strength()
         centres = recentred(coverage, self._memory.diagonal_names)
         if strength:
-            factors = FactorPass(
-                model,
-                coverage.units,
-                diagonal=coverage.frozen,
-                fisher=self.fisher,
-                generator=self._generator(1),
-                forward=forward,
-                criterion=self.criterion,
-            ).run(at_most(self.n_samples, batches))
+            factors = self._factor_pass(model, coverage, forward).run(at_most(self.n_samples, batches))
             samples = self._samples or self._drawn_from or factors.samples
-            new = curvature_of(coverage, factors, strength * samples, known=self._known())
+            new = curvature_of(coverage, factors, strength * self._counted(samples), known=self._known())
             self._memory.add(new, centres)
             self._last_samples = samples
         else:
@@ -266,16 +245,37 @@ class KroneckerLaplace(Penalty):
         return self.strength[min(self.experiences, len(self.strength) - 1)]
 
     def _generator(self, purpose: int) -> torch.Generator:
-        """Return a generator that depends on `seed` and the number of experiences alone: a restart changes nothing."""
+        # Of `seed` and the number of experiences alone: a restart changes nothing.
         return torch.Generator().manual_seed(self.seed * 1_000_003 + 2 * self.experiences + purpose)
 
+    def _counted(self, samples: int | None) -> float:
+        return float(samples or 1)
+
     def _cover(self, model: nn.Module) -> Coverage:
-        coverage = cover(model, include=self.include, exclude=self.exclude, heads=self._heads, keep=self._known())
+        coverage = self._covered(model)
         self._memory.attach(coverage)
         return coverage
 
+    def _covered(self, model: nn.Module) -> Coverage:
+        return cover(model, include=self.include, exclude=self.exclude, heads=self._heads, keep=self._known())
+
+    def _penalty_on(self, coverage: Coverage) -> QuadraticPenalty | None:
+        samples = self._counted(self._samples or self._last_samples)
+        return penalty_of(coverage, self._memory.forms, samples, self.damping)
+
+    def _factor_pass(self, model: nn.Module, coverage: Coverage, forward: Forward | None, **further: Any) -> FactorPass:
+        return FactorPass(
+            model,
+            coverage.units,
+            diagonal=coverage.frozen,
+            fisher=self.fisher,
+            generator=self._generator(1),
+            forward=forward,
+            criterion=self.criterion,
+            **further,
+        )
+
     def _known(self) -> frozenset[str]:
-        """Return the names of the layers that have factors."""
         return frozenset(name for form in self._memory.forms for name in form.layers)
 
     def _describe(self, model: nn.Module, coverage: Coverage) -> None:

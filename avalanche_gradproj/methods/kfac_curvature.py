@@ -147,31 +147,21 @@ def merged(old: Curvature, new: Curvature) -> Curvature:
     cross terms stand for it. A layer that was not used in an experience has B = 0 there and leaves A as it is.
 
     Args:
-        old: full terms, one a layer.
-        new: full terms, one a layer, or none for a layer of `old` that was not used and is centred anew.
+        old: terms that are not truncated.
+        new: the same, or none for a layer of `old` that was not used and is centred anew. Where a layer has several
+            terms, each is merged with that of the same place.
     """
     weight = old.weight + new.weight
     layers = {}
     for name in {**old.layers, **new.layers}:
         before, after = old.layers.get(name), new.layers.get(name)
-        left, right, of_inputs = None, None, 0.0
-        for form, layer in ((old, before), (new, after)):
-            if layer is None or not layer.terms:
-                continue
-            (term,) = layer.terms
-            own = layer.input_weight
-            share = form.weight / weight if weight else 0.0
-            part = term.left.matrix * share
-            left = part if left is None else _padded_sum(left, part)
-            total = of_inputs + own
-            inputs = term.right.matrix
-            right = inputs if right is None else (right * of_inputs + inputs * own) / total
-            of_inputs = total
-        last = after if after is not None else before
-        if last is None or left is None or right is None:
-            continue
-        left = _padded_sum(left, left.new_zeros(left.shape[0], last.centre.shape[1], last.centre.shape[1]))
-        layers[name] = LayerCurvature((KroneckerTerm(Factor(left), Factor(right)),), last.centre, of_inputs)
+        parts = [(form.weight / weight if weight else 0.0, own) for form, own in ((old, before), (new, after)) if own]
+        last = parts[-1][1]
+        count = max(len(own.terms) for _, own in parts)
+        terms = tuple(_merged_term([part for part in parts if len(part[1].terms) > k], k, last) for k in range(count))
+        if terms:
+            used = sum(own.input_weight for _, own in parts if own.terms)
+            layers[name] = LayerCurvature(terms, last.centre, used)
     diagonal = {}
     for name in {**old.diagonal, **new.diagonal}:
         values = [
@@ -183,6 +173,22 @@ def merged(old: Curvature, new: Curvature) -> Curvature:
         total = sum(form.diagonal[name].weight for form in (old, new) if name in form.diagonal)
         diagonal[name] = DiagonalCurvature(sum(values[1:], values[0]), last_one.centre, total)
     return Curvature(weight, layers, diagonal)
+
+
+def _merged_term(parts: Sequence[tuple[float, LayerCurvature]], index: int, last: LayerCurvature) -> KroneckerTerm:
+    """Return one term for the terms `index` of (share of the sum, layer) pairs, for as many outputs as `last` has."""
+    outputs = last.centre.shape[1]
+    total = sum(own.input_weight for _, own in parts)
+    left = parts[0][1].terms[index].left.matrix.new_zeros(last.centre.shape[0], outputs, outputs)
+    right: Factor | None = None
+    for share, own in parts:
+        term = own.terms[index]
+        left = _padded_sum(left, term.left.matrix * share)
+        inputs = term.right if len(parts) == 1 else term.right.scaled(own.input_weight / total)
+        right = inputs if right is None else right.plus(inputs)
+    if right is None:
+        raise ValueError("a term without parts")
+    return KroneckerTerm(Factor(left), right)
 
 
 def _padded_sum(one: Tensor, other: Tensor) -> Tensor:
@@ -201,7 +207,8 @@ def sharing(form: Curvature, whole: Curvature) -> Curvature:
         own = whole.layers[name]
         terms = tuple(
             KroneckerTerm(
-                w.left if term.left.rest is None else term.left, w.right if term.right.rest is None else term.right
+                w.left if term.left.rank == w.left.rank else term.left,
+                w.right if term.right.rank == w.right.rank else term.right,
             )
             for term, w in zip(layer.terms, own.terms, strict=True)
         )

@@ -2,61 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from avalanche_gradproj.errors import DataError, ModelError, NonFiniteError
+from avalanche_gradproj.layers.coupling import entering, upstream
+from avalanche_gradproj.layers.norm import batch_statistics
 from avalanche_gradproj.layers.record import undisturbed, watch
 from avalanche_gradproj.layers.scale import Scale, batch_dependent, scales_of, watch_scales
 from avalanche_gradproj.layers.unit import Unit
 from avalanche_gradproj.linalg.moment_sums import MomentSums
 from avalanche_gradproj.methods.base import Forward
-from avalanche_gradproj.methods.kfac_labels import Criterion, check_logits, directions_of, refuse_reentrant, samples_of
+from avalanche_gradproj.methods.kfac_labels import (
+    Criterion,
+    check_logits,
+    directions_of,
+    refuse_reentrant,
+    run_on,
+    samples_of,
+)
+from avalanche_gradproj.methods.kfac_sums import FactorSums, LayerSums
 from avalanche_gradproj.methods.logit_gradients import Route, weighted_gradients
-
-
-@dataclass
-class LayerSums:
-    """What one layer saw.
-
-    Attributes:
-        inputs: rows a at its input; their mean too, if asked for.
-        outputs: gradients b of the samples' losses at its output, one a row.
-        totals: sums of those gradients over each mini-batch, if asked for.
-    """
-
-    inputs: MomentSums
-    outputs: MomentSums
-    totals: MomentSums
-
-    def factors(self, samples: int) -> tuple[Tensor, Tensor] | None:
-        """Return A [blocks, d, d], the mean of a a^T over rows, and B [blocks, out, out], their sum of b b^T a sample.
-
-        None for a layer that was not called, or on which no loss depends.
-        """
-        left, right = self.outputs.moment(samples), self.inputs.moment(max(1, self.inputs.count))
-        return None if left is None or right is None else (right, left)
-
-
-@dataclass
-class FactorSums:
-    """What a pass gave.
-
-    Attributes:
-        samples: how many samples came.
-        layers: by layer name.
-        diagonal: parameter name -> sum over samples of its squared gradient, in float64.
-    """
-
-    layers: dict[str, LayerSums]
-    samples: int = 0
-    diagonal: dict[str, Tensor] = field(default_factory=dict)
 
 
 class FactorPass:
@@ -74,9 +46,9 @@ class FactorPass:
         generator: of drawn labels and signs, on the host.
         forward: runs the model on a batch; default `model(batch)`, or `model(batch[0])` for a tuple.
         criterion: mean loss of which `"empirical"` takes the gradient; None for cross-entropy.
-        means: sum up the layers' rows too.
-        totals: sum up each mini-batch's output gradients too.
-        context: in which the model runs; default evaluation mode, everything restored.
+        extended: sum up what terms across samples are made of (see `kfac_sums.LayerSums.terms`).
+        by_batch: BatchNorms that normalise by the mini-batch in this pass, though the model is in evaluation mode.
+            Where a diagonal takes one pass a sample, they normalise by their running statistics.
     """
 
     def __init__(
@@ -89,14 +61,13 @@ class FactorPass:
         generator: torch.Generator | None = None,
         forward: Forward | None = None,
         criterion: Criterion | None = None,
-        means: bool = False,
-        totals: bool = False,
-        context: Callable[[nn.Module], AbstractContextManager[None]] = undisturbed,
+        extended: bool = False,
+        by_batch: Sequence[_BatchNorm] = (),
     ) -> None:
-        self._model, self._units, self._context = model, list(units), context
+        self._model, self._units = model, list(units)
         self._fisher, self._generator, self._criterion = fisher, generator, criterion
         self._forward = forward
-        self._means, self._totals = means, totals
+        self._extended, self._by_batch = extended, by_batch
         self._scales = scales_of(model, diagonal)
         of_scales = {name for scale in self._scales for name in scale.parameters.values()}
         self._others = [name for name in diagonal if name not in of_scales]
@@ -119,11 +90,10 @@ class FactorPass:
         """
         if torch.is_inference_mode_enabled():
             raise ModelError("factors are made of gradients, which torch.inference_mode() forbids: call it outside")
-        with self._context(self._model):
-            coupled = batch_dependent(self._model)
-            _refuse_coupled(self._others, coupled)
+        with undisturbed(self._model):
+            _refuse_coupled(self._others, batch_dependent(self._model))
             for batch in batches:
-                self._add(batch, coupled)
+                self._add(batch)
         if self.sums.samples == 0:
             raise DataError("no sample came, and the factors need some: give the batches of the experience")
         if self._units and not self._called:
@@ -135,10 +105,19 @@ class FactorPass:
         self._refuse_non_finite()
         return self.sums
 
-    def _add(self, batch: Any, coupled: list[str]) -> None:
+    def _add(self, batch: Any) -> None:
         size = samples_of(batch)
         if size == 0:
             return
+        with batch_statistics(self._by_batch):
+            directions, unclear = self._add_factors(batch, size, batch_dependent(self._model))
+        _refuse_coupled(list(unclear), batch_dependent(self._model))
+        if self._others or unclear:
+            self._add_others([*self._others, *unclear], batch, size, directions)
+        self.sums.samples += size
+
+    def _add_factors(self, batch: Any, size: int, coupled: list[str]) -> tuple[list[Tensor], dict[str, None]]:
+        """Add what comes with one pass of the mini-batch; return its directions, and names that need other passes."""
         if size == 1 and coupled:
             raise DataError(
                 f"a mini-batch of one sample came, and layer {coupled[0]!r} normalises by the mini-batch: give batches "
@@ -146,6 +125,7 @@ class FactorPass:
             )
         calls: list[tuple[Unit, GradientEdge, slice]] = []
         norms: list[tuple[Scale, Tensor, GradientEdge]] = []
+        entered: list[Node] = []
         unclear: dict[str, None] = {}  # parameters of normalisation layers that take one pass a sample too
 
         def on_call(unit: Unit, x: Tensor, output: Tensor, columns: slice) -> Tensor:
@@ -153,7 +133,7 @@ class FactorPass:
             if not torch.is_grad_enabled():  # the model's own no_grad: no gradient reaches the layer
                 return output
             for rows in unit.rows(x.detach()):
-                self.sums.layers[unit.name].inputs.update(rows, mean=self._means)
+                self.sums.layers[unit.name].inputs.update(rows, mean=self._extended)
             output = _own(output)
             calls.append((unit, get_gradient_edge(output), columns))
             return output
@@ -168,12 +148,19 @@ class FactorPass:
             norms.append((scale, x.detach(), get_gradient_edge(output)))
             return output
 
-        with torch.enable_grad(), watch(self._units, on_call), watch_scales(self._scales, on_scale):
-            logits = self._run(batch)
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(watch(self._units, on_call))
+            stack.enter_context(watch_scales(self._scales, on_scale))
+            if self._extended:
+                stack.enter_context(entering([self._model.get_submodule(name) for name in coupled], entered))
+            logits = run_on(self._model, batch, self._forward)
         check_logits(logits, size)
         if self.sums.samples == 0:
             refuse_reentrant(logits)
-        _refuse_coupled(list(unclear), coupled)
+        before = upstream(entered)
+        for unit, edge, _ in calls:
+            self.sums.layers[unit.name].coupled |= edge.node in before
         norms = [norm for norm in norms if not unclear.keys() & norm[0].parameters.values()]
         directions = list(
             directions_of(logits, batch, self._fisher, self._generator, self._criterion, signs=bool(coupled))
@@ -185,14 +172,7 @@ class FactorPass:
             gradients = {_key(edge): value for edge, value in zip(edges, found, strict=True)}
             self._add_layers(calls, gradients)
             self._add_scales(norms, gradients, size)
-        if self._others or unclear:
-            self._add_others([*self._others, *unclear], batch, size, directions)
-        self.sums.samples += size
-
-    def _run(self, batch: Any) -> Any:
-        if self._forward is not None:
-            return self._forward(self._model, batch)
-        return self._model(batch if isinstance(batch, Tensor) else batch[0])
+        return directions, unclear
 
     def _add_layers(
         self, calls: list[tuple[Unit, GradientEdge, slice]], gradients: Mapping[Any, Tensor | None]
@@ -204,7 +184,7 @@ class FactorPass:
                 continue
             rows = unit.output_rows(gradient if columns == slice(None) else gradient[..., columns])
             self.sums.layers[unit.name].outputs.update(rows)
-            if self._totals:
+            if self._extended:
                 total = rows.sum(dim=1, keepdim=True)
                 totals[unit.name] = totals[unit.name] + total if unit.name in totals else total
         for name, total in totals.items():

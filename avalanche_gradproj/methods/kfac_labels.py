@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from avalanche_gradproj.errors import ConfigurationError, DataError, ModelError, NonFiniteError
 from avalanche_gradproj.linalg.cross_entropy import logit_directions
+from avalanche_gradproj.methods.base import Forward
 
 #: Mean loss of a mini-batch, from logits and targets.
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -74,6 +75,23 @@ def at_most(n_samples: int | None, batches: Iterable[Any]) -> Iterator[Any]:
         if n_samples is not None and came > n_samples:
             raise DataError(f"{came} samples came and n_samples={n_samples}: give those that `draw(size)` picks")
         yield batch
+
+
+def run_on(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
+    """Run a model on a mini-batch: by `forward`, else on the tensor, or on the first element of a tuple."""
+    if forward is not None:
+        return forward(model, batch)
+    return model(batch if isinstance(batch, Tensor) else batch[0])
+
+
+def up_to(enough: int, batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield mini-batches until at least so many samples have come."""
+    came = 0
+    for batch in batches:
+        yield batch
+        came += samples_of(batch)
+        if came >= enough:
+            return
 
 
 def check_logits(logits: Any, size: int) -> None:

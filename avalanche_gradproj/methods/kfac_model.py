@@ -11,10 +11,9 @@ from torch import Tensor
 from avalanche_gradproj.errors import ModelError
 from avalanche_gradproj.layers.select import Coverage
 from avalanche_gradproj.layers.unit import Unit
-from avalanche_gradproj.linalg.kronecker import Factor, KroneckerTerm
 from avalanche_gradproj.methods.kfac_curvature import Curvature, DiagonalCurvature, LayerCurvature, place
-from avalanche_gradproj.methods.kfac_factors import FactorSums
 from avalanche_gradproj.methods.kfac_penalty import DiagonalSite, Form, MatrixSite, QuadraticPenalty
+from avalanche_gradproj.methods.kfac_sums import FactorSums
 
 
 def refuse_compiled(coverage: Coverage) -> None:
@@ -63,7 +62,7 @@ def curvature_of(coverage: Coverage, sums: FactorSums, weight: float, *, known: 
     layers = {}
     for unit in coverage.units:
         layer = sums.layers[unit.name]
-        factors = layer.factors(sums.samples)
+        terms = layer.terms(sums.samples)
         if layer.inputs.count == 0 and unit.weight.parameter.grad is not None and unit.name not in known:
             warnings.warn(
                 f"layer {unit.name!r} was trained but never called while factors were taken (it is used in training "
@@ -71,10 +70,10 @@ def curvature_of(coverage: Coverage, sums: FactorSums, weight: float, *, known: 
                 "not protected",
                 stacklevel=3,
             )
-        if factors is not None:
+        if terms:
             device, dtype = place(unit.weight.parameter)
-            right, left = (Factor(factor).to(device, dtype) for factor in factors)
-            layers[unit.name] = LayerCurvature((KroneckerTerm(left, right),), here.layers[unit.name].centre, weight)
+            own = tuple(term.to(device, dtype) for term in terms)
+            layers[unit.name] = LayerCurvature(own, here.layers[unit.name].centre, weight)
     diagonal = {}
     for name, squares in sums.diagonal.items():
         centre = here.diagonal[name].centre
@@ -82,7 +81,13 @@ def curvature_of(coverage: Coverage, sums: FactorSums, weight: float, *, known: 
     return Curvature(weight, layers, diagonal)
 
 
-def penalty_of(coverage: Coverage, forms: Sequence[Curvature], samples: int, damping: float) -> QuadraticPenalty | None:
+def penalty_of(
+    coverage: Coverage,
+    forms: Sequence[Curvature],
+    samples: float,
+    damping: float,
+    tensors: Callable[[Unit], Callable[[], tuple[Tensor, ...]]] = lambda unit: unit.tensors,
+) -> QuadraticPenalty | None:
     """Return the penalty that forms are on a model in training, or None where they say nothing.
 
     Args:
@@ -90,6 +95,7 @@ def penalty_of(coverage: Coverage, forms: Sequence[Curvature], samples: int, dam
         forms: each of an own centre.
         samples: N by which the sum is divided, since the loss is a mean over that many samples.
         damping: added to every eigenvalue of a sample's curvature.
+        tensors: how the tensors of a unit are had at each step.
 
     Raises:
         ModelError: if parameters with diagonal terms live on several devices.
@@ -104,13 +110,13 @@ def penalty_of(coverage: Coverage, forms: Sequence[Curvature], samples: int, dam
                 own_damping = damping * layer.input_weight / form.weight
                 terms = [term.scaled(factor, 0.0 if index else own_damping) for index, term in enumerate(layer.terms)]
                 own.append(Form(terms, layer.centre))
-        if own and any(part.parameter.requires_grad for part in unit.slices):
-            matrices.append(MatrixSite(_tensors(unit), own))
+        if own and any(parameter.requires_grad for parameter in unit.parameters):
+            matrices.append(MatrixSite(tensors(unit), own))
     diagonal = _diagonal(coverage, forms, samples, damping)
     return QuadraticPenalty(matrices, diagonal) if matrices or diagonal is not None else None
 
 
-def _diagonal(coverage: Coverage, forms: Sequence[Curvature], samples: int, damping: float) -> DiagonalSite | None:
+def _diagonal(coverage: Coverage, forms: Sequence[Curvature], samples: float, damping: float) -> DiagonalSite | None:
     forms = [form for form in forms if form.weight and form.diagonal]
     known = {name for form in forms for name in form.diagonal}
     chosen = {name: p for name, p in coverage.parameters.items() if name in known and p.requires_grad}
@@ -142,7 +148,3 @@ def _diagonal(coverage: Coverage, forms: Sequence[Curvature], samples: int, damp
 def _centre(unit: Unit) -> Tensor:
     device, dtype = place(unit.weight.parameter)
     return unit.weights().to(device=device, dtype=dtype, copy=True)
-
-
-def _tensors(unit: Unit) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: tuple(part.of(part.parameter) for part in unit.slices)

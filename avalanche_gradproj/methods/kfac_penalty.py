@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from avalanche_gradproj.layers.unit import Unit
 from avalanche_gradproj.linalg.kronecker import KroneckerTerm, quadratic
 
 
@@ -175,6 +176,25 @@ class QuadraticPenalty:
         if value is None:
             raise ValueError("a penalty without sites")
         return value, gradients
+
+
+@dataclass
+class TrainingExperience:
+    """The experience in training.
+
+    Attributes:
+        penalty: None where there is none.
+        zero: a scalar on the model's device.
+        model: the model.
+        units: its covered layers.
+        entered: what entered BatchNorms in the last training step, for those who need it.
+    """
+
+    penalty: QuadraticPenalty | None
+    zero: Tensor
+    model: nn.Module
+    units: Sequence[Unit]
+    entered: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Fused(torch.autograd.Function):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
+from avalanche_gradproj.layers.merged import MergedUnit
 from avalanche_gradproj.layers.select import Coverage
 from avalanche_gradproj.linalg.kronecker import KroneckerTerm
 from avalanche_gradproj.methods.kfac_curvature import Curvature
@@ -25,6 +26,9 @@ def laplace_report(
     mode: str,
     fisher: str,
     bytes_by_experience: Sequence[int],
+    *,
+    held: Collection[str] = (),
+    notes: Sequence[str] = (),
 ) -> Report:
     """Make the report of a Laplace approximation.
 
@@ -35,18 +39,25 @@ def laplace_report(
         mode: `"separate"` or `"online"`.
         fisher: where labels come from.
         bytes_by_experience: bytes that each experience added.
+        held: names of parameters that stay as the first experience leaves them.
+        notes: what else there is to say, instead of what becomes of running statistics.
     """
     rows = []
     for name, parameter in coverage.parameters.items():
         shape = tuple(parameter.shape)
         for unit in coverage.units:
-            if any(part.name == name for part in unit.slices):
+            if any(own is parameter for own in unit.parameters):
                 terms = [term for form in forms if unit.name in form.layers for term in form.layers[unit.name].terms]
-                row = ReportRow(name, shape, "penalised", _factors(terms), unit.name)
+                kept = _factors(terms)
+                if isinstance(unit, MergedUnit):
+                    kept = f"layer {unit.name!r} and BatchNorm {unit.norm_name!r} as one: {kept}"
+                row = ReportRow(name, shape, "penalised", kept, unit.name)
                 if not parameter.requires_grad:
                     row = ReportRow(name, shape, "left alone", "takes no gradient")
                 rows.append(row)
-        if name in coverage.frozen:
+        if name in held:
+            rows.append(ReportRow(name, shape, "frozen", "BatchNorm is held from the second experience on"))
+        elif name in coverage.frozen:
             known = any(name in form.diagonal for form in forms)
             rows.append(ReportRow(name, shape, "penalised", "diagonal" if known else "diagonal, none yet"))
         elif name in coverage.alone:
@@ -54,14 +65,14 @@ def laplace_report(
             if reason == "task head":
                 reason = "task head: data of other tasks gives it no gradient"
             rows.append(ReportRow(name, shape, "left alone", reason))
-    notes = [f"curvature: {_FISHER[fisher]}"]
+    lines = [f"curvature: {_FISHER[fisher]}"]
     if mode == "online":
-        notes.append(
+        lines.append(
             "one pair of factors a layer, averaged over experiences: cross terms stand for the sum of their products, "
             "which is lost unless all A, or all B, of a layer are equal"
         )
-    notes += [f"experience {index}: {size} bytes" for index, size in enumerate(bytes_by_experience)]
-    return Report(tuple(rows), (*notes, *statistics_notes(model, held=False)))
+    lines += [f"experience {index}: {size} bytes" for index, size in enumerate(bytes_by_experience)]
+    return Report(tuple(rows), (*lines, *(notes or statistics_notes(model, held=False))))
 
 
 def _factors(terms: Sequence[KroneckerTerm]) -> str:

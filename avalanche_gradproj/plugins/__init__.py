@@ -5,5 +5,6 @@ from avalanche_gradproj.plugins.in_memory import InMemoryDataPlugin
 from avalanche_gradproj.plugins.kfac import KFACLaplacePlugin
 from avalanche_gradproj.plugins.logd import LOGDPlugin
 from avalanche_gradproj.plugins.ogd import OGDPlugin
+from avalanche_gradproj.plugins.xkfac import XKFACPlugin
 
-__all__ = ["GPMPlugin", "InMemoryDataPlugin", "KFACLaplacePlugin", "LOGDPlugin", "OGDPlugin"]
+__all__ = ["GPMPlugin", "InMemoryDataPlugin", "KFACLaplacePlugin", "LOGDPlugin", "OGDPlugin", "XKFACPlugin"]

@@ -14,7 +14,7 @@ from avalanche.models.cosine_layer import CosineIncrementalClassifier
 from torch import nn
 
 from avalanche_gradproj.errors import ConfigurationError, DataError, StateError
-from avalanche_gradproj.methods.base import GradientTransform, Method
+from avalanche_gradproj.methods.base import Forward, GradientTransform, Method
 from avalanche_gradproj.methods.report import Report
 
 #: Avalanche's task heads: they belong to one task, or grow with the classes.
@@ -114,17 +114,9 @@ class MethodPlugin(SupervisedPlugin):
             if not (experience.is_last_subexp or self._pieces == experience.sub_stream_length):
                 return
             self._pieces = 0
-        held = strategy.mbatch
-
-        def forward(model: nn.Module, batch: Any) -> Any:
-            strategy.mbatch = batch
-            return strategy.forward()  # the strategy's own, which may know more than the model's inputs
-
         dataset = _whole(experience).dataset.eval()
-        try:
+        with own_forward(strategy) as forward:
             self.method.consolidate(strategy.model, self._batches(dataset, strategy.device), forward=forward)
-        finally:
-            strategy.mbatch = held
 
     def _batches(self, dataset: Any, device: torch.device) -> Iterator[list[Any]]:
         """Yield the samples that the method draws, collated, on the device."""
@@ -176,6 +168,21 @@ class GradientTransformPlugin(MethodPlugin):
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Transform the step."""
         self.method.after_step()
+
+
+@contextmanager
+def own_forward(strategy: Any) -> Iterator[Forward]:
+    """Give what runs a model on a batch as the strategy would: it may know more than the model's inputs."""
+    held = strategy.mbatch
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        strategy.mbatch = batch
+        return strategy.forward()
+
+    try:
+        yield forward
+    finally:
+        strategy.mbatch = held
 
 
 def _is_piece(experience: Any) -> bool:

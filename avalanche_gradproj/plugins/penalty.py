@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,11 +48,14 @@ class PenaltyPlugin(MethodPlugin):
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Add the penalty to the loss, where there is one."""
         if self.method.penalising:
-            strategy.loss = strategy.loss + self.method.penalty()
+            strategy.loss = self.method.objective(strategy.loss)
 
     def _batches(self, dataset: Any, device: torch.device) -> Iterator[list[Any]]:
         """Yield the samples that the method draws; the last mini-batch of a few is not one sample alone."""
-        chosen, begin = self.method.draw(len(dataset)).tolist(), 0
+        return self._collated(dataset, self.method.draw(len(dataset)).tolist(), device)
+
+    def _collated(self, dataset: Any, chosen: Sequence[int], device: torch.device) -> Iterator[list[Any]]:
+        begin = 0
         while begin < len(chosen):
             # A layer that normalises by the mini-batch cannot take one sample.
             lone = len(chosen) - begin == self.record_batch_size + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +17,7 @@ from benchmarks.method_settings import (
     NoSettings,
     OgdSettings,
     ReplaySettings,
+    XkfacSettings,
 )
 
 #: Sources of figures.
@@ -35,8 +37,14 @@ def settings_of_methods(
     ogd: OgdSettings,
     logd: LogdSettings,
     kfac: KfacSettings | None = None,
+    xkfac: XkfacSettings | None = None,
 ) -> Mapping[str, Any]:
-    """Return the settings of every method; those without any need none, K-FAC's are its defaults unless given."""
+    """Return the settings of every method; those without any need none.
+
+    Those of K-FAC and XK-FAC are the defaults unless given; what is left of XK-FAC without some of its parts has its
+    settings otherwise.
+    """
+    xkfac = xkfac or XkfacSettings()
     chosen: dict[str, Any] = {
         "ewc": ewc,
         "replay": replay,
@@ -47,4 +55,8 @@ def settings_of_methods(
         "logd": logd,
     }
     chosen["kfac"] = kfac or KfacSettings()
+    chosen["xkfac"] = xkfac
+    chosen["kfac-merged"] = replace(xkfac, inter_example=False)
+    fixed = "track" if xkfac.batchnorm == "track" else "freeze"
+    chosen["kfac-fixed-bn"] = replace(xkfac, batchnorm=fixed)
     return MappingProxyType({"naive": NoSettings(), "joint": NoSettings(), **chosen})

@@ -13,6 +13,7 @@ from benchmarks.method_settings import (
     LogdSettings,
     OgdSettings,
     ReplaySettings,
+    XkfacSettings,
 )
 from benchmarks.protocol_records.common import GPM_CODE, HERE, settings_of_methods
 from benchmarks.record import Expected, Normalisation, Protocol
@@ -91,6 +92,7 @@ CIFAR100_GPM = Protocol(
         agem=AgemSettings(agem_patterns=200),
         ogd=OgdSettings(n_gradients=20, ogd_max_mb=8000),
         logd=LogdSettings(patterns_per_exp=200, n_components=3, variant="official"),
+        xkfac=XkfacSettings(batchnorm="track"),  # its BatchNorms keep no statistics that could be merged or frozen
     ),
     sources=MappingProxyType(
         {

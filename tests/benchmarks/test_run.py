@@ -20,7 +20,7 @@ from benchmarks.sources import read_digits
 
 CPU = torch.device("cpu")
 TIMES = ("train_seconds", "wall_seconds", "peak_memory_mb")
-METHODS = ("naive", "ewc", "replay", "gem", "agem", "joint", "gpm", "ogd", "logd", "kfac")
+METHODS = ("naive", "ewc", "replay", "gem", "agem", "joint", "gpm", "ogd", "logd", "kfac", "xkfac")
 
 
 def once(protocol, method, seed=0, report=None, **changes):
@@ -35,8 +35,11 @@ def once(protocol, method, seed=0, report=None, **changes):
     return run(job, read_digits(), *([report] if report else []))
 
 
-@pytest.mark.parametrize("protocol", ["digits-split", "digits-permuted"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("protocol", "method"),
+    [(protocol, method) for protocol in ("digits-split", "digits-permuted") for method in METHODS]
+    + [("digits-bn", method) for method in ("ewc", "kfac", "xkfac", "kfac-merged", "kfac-fixed-bn")],
+)
 def test_the_same_command_gives_the_same_result(protocol, method):
     first, second, other = (once(protocol, method, seed) for seed in (0, 0, 1))
     for key in TIMES:
@@ -47,7 +50,7 @@ def test_the_same_command_gives_the_same_result(protocol, method):
     assert np.shape(first["accuracy_matrix"]) == ((1, 3) if method == "joint" else (3, 3))
     assert (first["bwt"] is None) == (method == "joint")
     assert first["acc"] == pytest.approx(np.mean(first["accuracy_matrix"][-1]))
-    assert bool(first["method_report"]) == (method in ("gpm", "ogd", "logd", "kfac"))
+    assert bool(first["method_report"]) == (method in ("gpm", "ogd", "logd") or "kfac" in method)
 
 
 def test_a_naive_run_equals_a_plain_loop():
@@ -100,6 +103,16 @@ def test_settings_reach_the_plugins():
     kfac = plugin("kfac", mode="separate", fisher="exact", n_factor_samples="5", truncate="0.9", damping="0.1").method
     assert (kfac.mode, kfac.fisher, kfac.n_samples, kfac.truncate, kfac.damping) == ("separate", "exact", 5, 0.9, 0.1)
     assert plugin("kfac").method.truncate is None
+    changed = {"strength": "2", "adaptive": "false", "mode": "separate", "fisher": "exact", "n_factor_samples": "7"}
+    changed |= {"factor_batch": "9", "truncate": "0.8", "damping": "0.2", "reparameterise": "false"}
+    found = plugin("xkfac", inter_example="false", batchnorm="track", **changed)
+    xkfac = found.method
+    assert (xkfac.strength, xkfac.balanced, xkfac.adaptive, xkfac.mode) == ((2.0,), False, False, "separate")
+    assert (xkfac.fisher, xkfac.n_samples, xkfac.truncate, xkfac.damping) == ("exact", 7, 0.8, 0.2)
+    assert (xkfac.reparameterise, xkfac.inter_example, xkfac.batchnorm) == (False, False, "track")
+    assert found.record_batch_size == 9
+    assert plugin("xkfac").method.balanced
+    assert plugin("xkfac").method.truncate is None
 
 
 def test_a_run_leaves_no_test_images_behind():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from avalanche_gradproj import GPMPlugin, KFACLaplacePlugin, LOGDPlugin, OGDPlugin
+from avalanche_gradproj import GPMPlugin, KFACLaplacePlugin, LOGDPlugin, OGDPlugin, XKFACPlugin
 from avalanche_gradproj.testing import MethodCase
 
 _BAD_GPM = [
@@ -93,6 +93,28 @@ def _kfac(*args, **kwargs):
     return lambda: KFACLaplacePlugin(*args, **kwargs)
 
 
+_BAD_XKFAC = [
+    (lambda: XKFACPlugin("equal"), "strength='equal'"),
+    (lambda: XKFACPlugin(-1.0), "strength=-1.0"),
+    (lambda: XKFACPlugin(adaptive=1), "adaptive=1"),
+    (lambda: XKFACPlugin(reparameterise="yes"), "reparameterise='yes'"),
+    (lambda: XKFACPlugin(inter_example=None), "inter_example=None"),
+    (lambda: XKFACPlugin(batchnorm="thaw"), "batchnorm='thaw'"),
+    (lambda: XKFACPlugin(pairs="none"), "pairs='none'"),
+    (lambda: XKFACPlugin(pairs={"norm": 3}), "pairs={'norm': 3}"),
+    (lambda: XKFACPlugin(unpaired="ignore"), "unpaired='ignore'"),
+    (lambda: XKFACPlugin(mode="both"), "mode='both'"),
+    (lambda: XKFACPlugin(damping=float("inf")), "damping=inf"),
+    (lambda: XKFACPlugin(n_samples=0), "n_samples=0"),
+    (lambda: XKFACPlugin(seed=-1), "seed=-1"),
+    (lambda: XKFACPlugin(record_batch_size=0), "record_batch_size=0"),
+]
+
+
+def _xkfac(*args, **kwargs):
+    return lambda: XKFACPlugin(*args, **kwargs)
+
+
 CASES = [
     MethodCase("gpm", _gpm(), neutral=_gpm(threshold=0), bad_arguments=_BAD_GPM),
     MethodCase("gpm-heads", _gpm(), neutral=_gpm(threshold=0), task_incremental=True),
@@ -126,5 +148,11 @@ CASES = [
         _kfac(2.0, fisher="exact", truncate=0.8, mode="online"),
         optimizer=lambda p: torch.optim.Adam(p, lr=0.01),
     ),
+    MethodCase("xkfac", _xkfac(), neutral=_xkfac(0.0), bad_arguments=_BAD_XKFAC),
+    MethodCase("xkfac-heads", _xkfac(2.0, n_samples=40, damping=1e-3), neutral=_xkfac(0), task_incremental=True),
+    MethodCase("xkfac-adam", _xkfac(mode="separate"), optimizer=lambda p: torch.optim.Adam(p, lr=0.01)),
+    MethodCase("xkfac-freeze", _xkfac(batchnorm="freeze", adaptive=False)),
+    MethodCase("xkfac-track", _xkfac(2.0, batchnorm="track", fisher="exact", truncate=0.9), neutral=_xkfac(0.0)),
+    MethodCase("xkfac-single", _xkfac(inter_example=False, reparameterise=False, fisher="empirical")),
     MethodCase("kfac-empirical", _kfac(2.0, fisher="empirical", truncate=0.9, n_samples=20)),
 ]

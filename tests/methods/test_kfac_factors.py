@@ -618,9 +618,7 @@ def test_inputs_that_are_no_tensors_are_refused(batch, match):
 
 def test_means_and_totals_for_whoever_needs_them():
     model, x = linear(), torch.randn(6, 4)
-    run = FactorPass(
-        model, cover(model).units, fisher="empirical", means=True, totals=True, generator=torch.Generator()
-    )
+    run = FactorPass(model, cover(model).units, fisher="empirical", extended=True, generator=torch.Generator())
     y = torch.tensor([0, 1, 2, 0, 1, 1])
     layer = run.run([(x[:4], y[:4]), (x[4:], y[4:])]).layers["2"]
     hidden = np.concatenate([model[:2](x).detach().numpy(), np.ones((6, 1))], 1)

@@ -1,0 +1,300 @@
+"""K-FAC extended to networks with BatchNorm (Lee, Hong, Joo, Kim; CVPR 2020, arXiv 2004.07507)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from avalanche_gradproj.errors import ConfigurationError, DataError, StateError
+from avalanche_gradproj.layers.merged import MergedUnit, watch_entering
+from avalanche_gradproj.layers.norm import frozen
+from avalanche_gradproj.layers.select import Coverage
+from avalanche_gradproj.layers.unit import Unit
+from avalanche_gradproj.methods.arguments import switches
+from avalanche_gradproj.methods.base import Forward
+from avalanche_gradproj.methods.kfac import KroneckerLaplace
+from avalanche_gradproj.methods.kfac_factors import FactorPass
+from avalanche_gradproj.methods.kfac_labels import run_on, up_to
+from avalanche_gradproj.methods.kfac_model import penalty_of
+from avalanche_gradproj.methods.kfac_penalty import QuadraticPenalty
+from avalanche_gradproj.methods.kfac_report import laplace_report
+from avalanche_gradproj.methods.xkfac_balance import Balance
+from avalanche_gradproj.methods.xkfac_pairs import BatchNormPlan, merged_units
+from avalanche_gradproj.methods.xkfac_reparameterise import reparameterise
+
+#: Samples whose statistics a reparameterised BatchNorm starts with; training replaces them within a few steps.
+STATISTICS_SAMPLES = 4096
+
+
+class ExtendedKroneckerLaplace(KroneckerLaplace):
+    """The core of XK-FAC: K-FAC Laplace whose curvature and weights know about BatchNorm.
+
+    In a plain loop::
+
+        xkfac = ExtendedKroneckerLaplace()
+        for loader in loaders:
+            with xkfac.experience(model, optimizer, samples=len(loader.dataset), batches=loader):
+                for x, y in loader:
+                    optimizer.zero_grad()
+                    xkfac.objective(criterion(model(x), y)).backward()
+                    optimizer.step()
+            xkfac.consolidate(model, loader)
+
+    Where K-FAC Laplace has a layer's weight W, here is the matrix [W~, b~] that the layer and the BatchNorm behind it
+    are in evaluation (`layers.merged`); its curvature is that of the loss of mini-batches, in which samples depend on
+    each other through later BatchNorms (`kfac_sums.LayerSums.terms`). In training steps W~ and b~ are those of the
+    mini-batch's statistics, through which the penalty is differentiated too.
+
+    Departures from the paper, whose full text was not available: see docs/xkfac.md.
+
+    Args:
+        strength: `"balanced"`: with T experiences learned, `T / (T + 1)` times the mean of their penalties and
+            `1 / (T + 1)` times the loss; or numbers, see `KroneckerLaplace`.
+        adaptive: multiply penalty and loss by scales that drive the two to similar values (`xkfac_balance.Balance`).
+        mode: see `KroneckerLaplace`.
+        fisher: see `KroneckerLaplace`.
+        damping: see `KroneckerLaplace`: weight decay that is centred on the old solution.
+        n_samples: see `KroneckerLaplace`.
+        reparameterise: at the start of an experience, merged weights become the layers' own, and BatchNorms start from
+            the new data's statistics (`xkfac_reparameterise`).
+        inter_example: the curvature's terms across samples; False for one Kronecker product a layer.
+        batchnorm: `"merge"`; `"freeze"`: every BatchNorm stays as the first experience leaves it, so that samples do
+            not depend on each other; `"track"`: layers without their BatchNorms, whose statistics drift and whose scale
+            and shift have a diagonal term.
+        pairs: `"auto"`, or the name of each BatchNorm -> that of its layer.
+        unpaired: what happens to a BatchNorm without a layer: `"raise"`, or `"freeze"` from the second experience on.
+        truncate: see `KroneckerLaplace`.
+        include: see `KroneckerLaplace`.
+        exclude: see `KroneckerLaplace`; excluded BatchNorms are not merged.
+        seed: see `KroneckerLaplace`.
+
+    Raises:
+        ConfigurationError: for a value out of range or an unknown option.
+    """
+
+    name = "XK-FAC"
+    state_version = 1
+
+    def __init__(
+        self,
+        strength: str | float | Sequence[float] = "balanced",
+        *,
+        adaptive: bool = True,
+        mode: str = "online",
+        fisher: str = "sampled",
+        damping: float = 0.0,
+        n_samples: int | None = None,
+        reparameterise: bool = True,
+        inter_example: bool = True,
+        batchnorm: str = "merge",
+        pairs: str | Mapping[str, str] = "auto",
+        unpaired: str = "raise",
+        truncate: float | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(strength, str) and strength != "balanced":
+            raise ConfigurationError(f"strength={strength!r}: give 'balanced', a number from 0, or one an experience")
+        switches(adaptive=adaptive, reparameterise=reparameterise, inter_example=inter_example)
+        self.balanced = strength == "balanced"
+        super().__init__(
+            1.0 if isinstance(strength, str) else strength,
+            mode=mode,
+            fisher=fisher,
+            n_samples=n_samples,
+            truncate=truncate,
+            damping=damping,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+        )
+        self.adaptive, self.reparameterise, self.inter_example = adaptive, reparameterise, inter_example
+        self._plan = BatchNormPlan(batchnorm, pairs, unpaired, include, exclude)
+        self._moved_for = 0  # experiences learned when coordinates last changed
+        self._balance = Balance()
+        #: Whether the coming forward passes in training mode are those of training steps.
+        self.listening = True
+
+    def start(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        heads: Sequence[str] = (),
+        samples: int | None = None,
+        batches: Iterable[Any] | None = None,
+        forward: Forward | None = None,
+    ) -> None:
+        """Begin an experience; see `Method.start`.
+
+        Args:
+            model: the model.
+            optimizer: any; it forgets what it knows of parameters that get new coordinates.
+            heads: names of modules that are heads of one task.
+            samples: N, samples of the experience; None for as many as the last one had.
+            batches: mini-batches of it, as `consolidate` gets them: the first one to find the pairs, about
+                `STATISTICS_SAMPLES` samples to reparameterise. None before the first experience leaves the search to
+                `consolidate`.
+            forward: as in `consolidate`.
+
+        Raises:
+            ModelError: also for a BatchNorm that cannot be merged, by name.
+            ConfigurationError: also for pairs given that are none.
+            DataError: if `batches` are needed and missing.
+        """
+        self._heads = tuple(heads)
+        data = iter(()) if batches is None else iter(batches)
+        acts = bool(self._strength() or self._memory.forms)
+        if acts:
+            data = self._find(model, data, forward)
+        self._plan.hold(model, self._heads)
+        super().start(model, optimizer, heads=heads, samples=samples)
+        self._balance = Balance()
+        try:
+            self._move(model, optimizer, data, batches is not None, forward)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def some(self, size: int) -> Tensor:
+        """Return the indices of about `STATISTICS_SAMPLES` samples of an experience of `size`, for `batches`."""
+        return torch.randperm(size, generator=self._generator(0))[:STATISTICS_SAMPLES]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Return the context of training steps: it sees what enters BatchNorms, and holds those that are frozen."""
+        training = self._training
+        if training is None:
+            raise StateError("training steps begin with `start`: use `with experience(model, ...)`")
+        with ExitStack() as stack:
+            if self.experiences:
+                stack.enter_context(frozen(training.model, self._plan.held_norms(training.model)))
+            if training.penalty is not None:
+                stack.enter_context(
+                    watch_entering(merged_units(training.units), training.entered, lambda: self.listening)
+                )
+            yield
+
+    def penalty(self) -> Tensor:
+        """Return the penalty at the present weights, and the statistics of the last training step's mini-batch.
+
+        Raises:
+            StateError: outside of an experience, or before a forward pass in it.
+        """
+        value = super().penalty()
+        if self._training is not None:
+            self._training.entered.clear()
+        return value
+
+    def objective(self, loss: Tensor) -> Tensor:
+        """Return what a training step minimises: the weighted and scaled sum of loss and penalty.
+
+        Args:
+            loss: of the mini-batch, a scalar.
+        """
+        if not self.penalising:
+            return loss
+        penalty = self.penalty()
+        if self.balanced:
+            share = 1.0 / (self.experiences + 1)
+            loss, penalty = loss * share, penalty * share
+        if self.adaptive:
+            of_loss, of_penalty = self._balance.scales(loss, penalty)
+            return of_loss * loss + of_penalty * penalty
+        return loss + penalty
+
+    def consolidate(self, model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
+        """Take the curvature of the experience just learned; after an error it is what it was.
+
+        See `KroneckerLaplace.consolidate`. BatchNorms that are merged or left as they are normalise by the mini-batch,
+        and their statistics stay; a diagonal that takes one pass a sample is taken in evaluation mode.
+        """
+        data = iter(batches)
+        if self._plan.found is None and self._strength():
+            data = self._find(model, data, forward)
+        super().consolidate(model, data, forward=forward)
+
+    def _find(self, model: nn.Module, data: Iterator[Any], forward: Forward | None) -> Iterator[Any]:
+        """Find the pairs, where they are wanted, on the first mini-batch; return all of them."""
+        first = next(data, None) if self._plan.looks else None
+        if first is None:
+            return data
+        self._plan.find(model, super()._covered(model), self._heads, lambda: run_on(model, first, forward))
+        return chain([first], data)
+
+    def _move(
+        self, model: nn.Module, optimizer: Optimizer | None, data: Iterable[Any], given: bool, forward: Forward | None
+    ) -> None:
+        """Reparameterise, once an experience, where there is a penalty that keeps what it leaves unchanged."""
+        training = self._training
+        if training is None or training.penalty is None or not merged_units(training.units) or not self.reparameterise:
+            return
+        if self._moved_for == self.experiences:
+            return
+        if not given:
+            raise DataError(
+                "the statistics of the new experience are needed to reparameterise its BatchNorms: give "
+                "experience(..., batches=loader), or reparameterise=False"
+            )
+        some = up_to(STATISTICS_SAMPLES, data)
+        reparameterise(
+            model, merged_units(training.units), some, lambda batch: run_on(model, batch, forward), optimizer
+        )
+        self._moved_for = self.experiences
+
+    def _counted(self, samples: int | None) -> float:
+        return 1.0 if self.balanced else super()._counted(samples)
+
+    def _covered(self, model: nn.Module) -> Coverage:
+        return self._plan.applied(super()._covered(model), model)
+
+    def _penalty_on(self, coverage: Coverage) -> QuadraticPenalty | None:
+        samples = self._counted(self._samples or self._last_samples)
+        return penalty_of(coverage, self._memory.forms, samples, self.damping, self._tensors)
+
+    def _tensors(self, unit: Unit) -> Callable[[], tuple[Tensor, ...]]:
+        return partial(self._merged_tensors, unit) if isinstance(unit, MergedUnit) else unit.tensors
+
+    def _merged_tensors(self, unit: MergedUnit) -> tuple[Tensor, ...]:
+        entered = None if self._training is None else self._training.entered.get(unit.norm_name)
+        if entered is None and unit.norm.training:
+            raise StateError(
+                f"penalty() needs the mini-batch that entered BatchNorm {unit.norm_name!r}: call it after model(x), "
+                "once for each training step"
+            )
+        return unit.tensors(entered)
+
+    def _factor_pass(self, model: nn.Module, coverage: Coverage, forward: Forward | None, **further: Any) -> FactorPass:
+        by_batch = self._plan.by_batch(coverage, model)
+        return super()._factor_pass(model, coverage, forward, extended=self.inter_example, by_batch=by_batch, **further)
+
+    def _describe(self, model: nn.Module, coverage: Coverage) -> None:
+        self._report = laplace_report(
+            model,
+            coverage,
+            self._memory.forms,
+            self.mode,
+            self.fisher,
+            self.bytes_by_experience,
+            held=self._plan.held_parameters(coverage, model),
+            notes=self._plan.notes(model),
+        )
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), **self._plan.state(), "moved_for": self._moved_for}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        if not isinstance(state.get("moved_for"), int):
+            raise StateError(f"the state's 'moved_for' is {state.get('moved_for')!r:.80}: it is damaged")
+        self._plan.check(state)
+        super()._load_state(state)
+        self._plan.load(state)
+        self._moved_for = state["moved_for"]
