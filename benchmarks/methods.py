@@ -211,6 +211,7 @@ METHODS: dict[str, Method] = {
         Method("ogd", "orthogonal gradient descent", OgdSettings, _ogd),
         Method("kfac", "K-FAC Laplace", KfacSettings, _kfac),
         Method("xkfac", "K-FAC extended to networks with BatchNorm", XkfacSettings, _xkfac),
+        Method("kfac-unmerged", "XK-FAC without merging and without the term across samples", XkfacSettings, _xkfac),
         Method("kfac-merged", "XK-FAC without the term across samples", XkfacSettings, _xkfac),
         Method("kfac-fixed-bn", "K-FAC with BatchNorm fixed after the first experience", XkfacSettings, _xkfac),
         Method("logd", "layerwise optimization by gradient decomposition", LogdSettings, _logd),

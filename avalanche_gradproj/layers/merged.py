@@ -142,19 +142,19 @@ def merged_coverage(coverage: Coverage, model: nn.Module, pairs: Iterable[tuple[
 
 @contextmanager
 def watch_entering(
-    units: Iterable[MergedUnit], entered: dict[str, Tensor], listening: Callable[[], bool]
+    units: Iterable[MergedUnit], entered: dict[str, Tensor], wanted: Callable[[str], bool]
 ) -> Iterator[None]:
     """Keep what enters the BatchNorms in training steps while the context lasts.
 
     Args:
         units: the pairs.
-        entered: gets the last tensor of each, by the BatchNorm's name; it holds the graph of that step.
-        listening: whether a forward pass is that of a training step.
+        entered: gets the last wanted tensor of each, by the BatchNorm's name; it holds the graph of that step.
+        wanted: whether what enters a BatchNorm, by its name, is that of a training step.
     """
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not (module.training and torch.is_grad_enabled() and listening()):
+            if not (module.training and torch.is_grad_enabled() and wanted(name)):
                 return
             x = args[0] if args else next(iter(kwargs.values()))
             if x.dim() > 1 and x.numel() == x.shape[1]:

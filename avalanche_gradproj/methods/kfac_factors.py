@@ -113,8 +113,15 @@ class FactorPass:
             directions, unclear = self._add_factors(batch, size, batch_dependent(self._model))
         _refuse_coupled(list(unclear), batch_dependent(self._model))
         if self._others or unclear:
+            if self._by_batch:  # what the model predicts there is another distribution
+                logits = run_on(self._model, batch, self._forward)
+                check_logits(logits, size)
+                directions = self._directions(logits, batch, signs=False)
             self._add_others([*self._others, *unclear], batch, size, directions)
         self.sums.samples += size
+
+    def _directions(self, logits: Tensor, batch: Any, *, signs: bool) -> list[Tensor]:
+        return list(directions_of(logits, batch, self._fisher, self._generator, self._criterion, signs=signs))
 
     def _add_factors(self, batch: Any, size: int, coupled: list[str]) -> tuple[list[Tensor], dict[str, None]]:
         """Add what comes with one pass of the mini-batch; return its directions, and names that need other passes."""
@@ -162,9 +169,7 @@ class FactorPass:
         for unit, edge, _ in calls:
             self.sums.layers[unit.name].coupled |= edge.node in before
         norms = [norm for norm in norms if not unclear.keys() & norm[0].parameters.values()]
-        directions = list(
-            directions_of(logits, batch, self._fisher, self._generator, self._criterion, signs=bool(coupled))
-        )
+        directions = self._directions(logits, batch, signs=bool(coupled))
         edges = list({_key(edge): edge for edge in [call[1] for call in calls] + [norm[2] for norm in norms]}.values())
         for index, direction in enumerate(directions if edges else ()):
             last = index == len(directions) - 1

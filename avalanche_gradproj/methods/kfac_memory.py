@@ -93,6 +93,7 @@ class CurvatureMemory:
         try:
             forms = [Curvature.from_state(form) for form in state["forms"]]
             whole = None if state["whole"] is None else Curvature.from_state(state["whole"])
+            forms = [form if whole is None else sharing(form, whole) for form in forms]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"the state's factors are damaged ({error}): expected what state_dict() gives") from error
         if self._mode == "online" and forms and (whole is None) != (self._truncate is None):
@@ -108,4 +109,4 @@ class CurvatureMemory:
                     f"the state is of another model: layer {name!r} is {tuple(layer.centre.shape)} there and "
                     f"{tuple(held[name])} here (blocks, outputs, inputs; a bias counts as one)"
                 )
-        self.forms, self._whole = [form if whole is None else sharing(form, whole) for form in forms], whole
+        self.forms, self._whole = forms, whole

@@ -166,12 +166,12 @@ class QuadraticPenalty:
         value, gradients, begin = None, [], 0
         for site, count in zip(self._matrices, counts, strict=True):
             own, found = site.evaluate(tensors[begin : begin + count])
-            value = own if value is None else value + own
+            value = own if value is None else value + own.to(value.device)
             gradients += found
             begin += count
         if self._diagonal is not None:
             own, found = self._diagonal.evaluate()
-            value = own if value is None else value + own
+            value = own if value is None else value + own.to(value.device)
             gradients += found
         if value is None:
             raise ValueError("a penalty without sites")
@@ -209,5 +209,5 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
         # A scalar of no dimension does not widen what it is multiplied by.
-        found = [g * outer[0] if need else None for g, need in zip(ctx.gradients, needed, strict=True)]
+        found = [g * outer[0].to(g.device) if need else None for g, need in zip(ctx.gradients, needed, strict=True)]
         return (None, None, *found)

@@ -59,21 +59,20 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
             `1 / (T + 1)` times the loss; or numbers, see `KroneckerLaplace`.
         adaptive: multiply penalty and loss by scales that drive the two to similar values (`xkfac_balance.Balance`).
         mode: see `KroneckerLaplace`.
-        fisher: see `KroneckerLaplace`.
+        fisher: see `KroneckerLaplace`, as for `n_samples`, `truncate`, `include`, `seed`.
         damping: see `KroneckerLaplace`: weight decay that is centred on the old solution.
-        n_samples: see `KroneckerLaplace`.
+        n_samples: samples of an experience that are drawn for the factors; None for all.
         reparameterise: at the start of an experience, merged weights become the layers' own, and BatchNorms start from
             the new data's statistics (`xkfac_reparameterise`).
         inter_example: the curvature's terms across samples; False for one Kronecker product a layer.
-        batchnorm: `"merge"`; `"freeze"`: every BatchNorm stays as the first experience leaves it, so that samples do
-            not depend on each other; `"track"`: layers without their BatchNorms, whose statistics drift and whose scale
-            and shift have a diagonal term.
+        batchnorm: `"merge"`; `"freeze"`: every BatchNorm stays as the first experience leaves it; `"track"`: layers
+            without their BatchNorms, whose statistics drift and whose scale and shift have a diagonal term.
         pairs: `"auto"`, or the name of each BatchNorm -> that of its layer.
         unpaired: what happens to a BatchNorm without a layer: `"raise"`, or `"freeze"` from the second experience on.
-        truncate: see `KroneckerLaplace`.
-        include: see `KroneckerLaplace`.
-        exclude: see `KroneckerLaplace`; excluded BatchNorms are not merged.
-        seed: see `KroneckerLaplace`.
+        truncate: None, or a share in (0, 1].
+        include: patterns of layers to cover.
+        exclude: patterns of layers and parameters to leave alone; excluded BatchNorms are not merged.
+        seed: of the generator that draws samples and labels.
 
     Raises:
         ConfigurationError: for a value out of range or an unknown option.
@@ -120,8 +119,7 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
         self._plan = BatchNormPlan(batchnorm, pairs, unpaired, include, exclude)
         self._moved_for = 0  # experiences learned when coordinates last changed
         self._balance = Balance()
-        #: Whether the coming forward passes in training mode are those of training steps.
-        self.listening = True
+        self._listening: bool | None = None
 
     def start(
         self,
@@ -178,10 +176,14 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
             if self.experiences:
                 stack.enter_context(frozen(training.model, self._plan.held_norms(training.model)))
             if training.penalty is not None:
-                stack.enter_context(
-                    watch_entering(merged_units(training.units), training.entered, lambda: self.listening)
-                )
+                stack.enter_context(watch_entering(merged_units(training.units), training.entered, self._wanted))
             yield
+
+    def listen(self, listening: bool) -> None:
+        """Say whether the next forward pass is that of a training step; where nobody says so, the last one is."""
+        self._listening = listening
+        if listening and self._training is not None:
+            self._training.entered.clear()
 
     def penalty(self) -> Tensor:
         """Return the penalty at the present weights, and the statistics of the last training step's mini-batch.
@@ -212,10 +214,10 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
         return loss + penalty
 
     def consolidate(self, model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
-        """Take the curvature of the experience just learned; after an error it is what it was.
+        """Take the curvature of the experience just learned; see `KroneckerLaplace.consolidate`.
 
-        See `KroneckerLaplace.consolidate`. BatchNorms that are merged or left as they are normalise by the mini-batch,
-        and their statistics stay; a diagonal that takes one pass a sample is taken in evaluation mode.
+        BatchNorms normalise by the mini-batch unless they are held, and their statistics stay; a diagonal that takes a
+        pass a sample is taken in evaluation mode.
         """
         data = iter(batches)
         if self._plan.found is None and self._strength():
@@ -223,7 +225,7 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
         super().consolidate(model, data, forward=forward)
 
     def _find(self, model: nn.Module, data: Iterator[Any], forward: Forward | None) -> Iterator[Any]:
-        """Find the pairs, where they are wanted, on the first mini-batch; return all of them."""
+        """Find the pairs, where they are wanted, on the first mini-batch; return all mini-batches."""
         first = next(data, None) if self._plan.looks else None
         if first is None:
             return data
@@ -249,6 +251,11 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
             model, merged_units(training.units), some, lambda batch: run_on(model, batch, forward), optimizer
         )
         self._moved_for = self.experiences
+
+    def _wanted(self, norm: str) -> bool:
+        # Others may run the model between forward and backward pass.
+        heard = self._training is not None and norm in self._training.entered
+        return self._listening is None or (self._listening and not heard)
 
     def _counted(self, samples: int | None) -> float:
         return 1.0 if self.balanced else super()._counted(samples)

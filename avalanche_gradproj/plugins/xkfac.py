@@ -100,7 +100,7 @@ class XKFACPlugin(PenaltyPlugin):
 
     def _start(self, strategy: Any, size: int) -> None:
         self.method.criterion = strategy._criterion
-        self.method.listening = False
+        self.method.listen(False)
         # Of a piece of an online stream, only what is there now.
         dataset = strategy.experience.dataset.eval()
         chosen = self.method.some(len(dataset)).tolist()
@@ -116,8 +116,8 @@ class XKFACPlugin(PenaltyPlugin):
 
     def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Attend to the forward pass of the training step, and to no other plugin's."""
-        self.method.listening = True
+        self.method.listen(True)
 
     def after_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Attend no more."""
-        self.method.listening = False
+        self.method.listen(False)

@@ -56,6 +56,7 @@ def settings_of_methods(
     }
     chosen["kfac"] = kfac or KfacSettings()
     chosen["xkfac"] = xkfac
+    chosen["kfac-unmerged"] = replace(xkfac, inter_example=False, batchnorm="track")
     chosen["kfac-merged"] = replace(xkfac, inter_example=False)
     fixed = "track" if xkfac.batchnorm == "track" else "freeze"
     chosen["kfac-fixed-bn"] = replace(xkfac, batchnorm=fixed)

@@ -58,13 +58,15 @@ PMNIST_KFAC = Protocol(
     notes=("published: over 90 % after 50 permutations (the abstract of arXiv 1805.07810)",),
 )
 
-#: With BatchNorm: K-FAC without merging, XK-FAC, XK-FAC without the term across samples, fixed BatchNorm.
+_XKFAC = XkfacSettings(strength="balanced", adaptive=True, reparameterise=False, factor_batch=250)
+
+#: What remains of XK-FAC without some of its parts differs in these parts alone.
 _BATCH_NORM = {
     "ewc": EwcSettings(ewc_lambda=100.0),
-    "kfac": KfacSettings(strength=3.0, mode="online"),
-    "xkfac": XkfacSettings(strength=3.0, adaptive=False, factor_batch=250),
-    "kfac-merged": XkfacSettings(strength=3.0, adaptive=False, factor_batch=250, inter_example=False),
-    "kfac-fixed-bn": XkfacSettings(strength=3.0, adaptive=False, factor_batch=250, batchnorm="freeze"),
+    "xkfac": _XKFAC,
+    "kfac-unmerged": replace(_XKFAC, inter_example=False, batchnorm="track"),
+    "kfac-merged": replace(_XKFAC, inter_example=False),
+    "kfac-fixed-bn": replace(_XKFAC, batchnorm="freeze"),
 }
 
 PMNIST_BN = replace(

@@ -17,9 +17,9 @@ from avalanche_gradproj.layers.merged import merge
 from avalanche_gradproj.layers.norm import batch_norms
 from avalanche_gradproj.layers.select import cover
 from avalanche_gradproj.methods.kfac_factors import FactorPass
-from tests.methods.dense_batch_loss import blocks, folded
+from tests.methods import dense_batch_loss as by_hand
 
-CLASSES, NETWORKS, BATCHES = 3, 10, 30
+NETWORKS = 10
 
 
 @pytest.fixture(autouse=True)
@@ -69,42 +69,13 @@ def averaged(references):
     return {name: sum(own[name] for own in references) / len(references) for name in references[0]}
 
 
-def mlp(features=20, *, after_relu=False):
-    middle = [nn.ReLU(), nn.BatchNorm1d(10)] if after_relu else [nn.BatchNorm1d(10), nn.ReLU()]
-    again = [type(m)(*[10] * isinstance(m, nn.BatchNorm1d)) for m in middle]
-    return nn.Sequential(nn.Linear(features, 10), *middle, nn.Linear(10, 10), *again, nn.Linear(10, CLASSES))
-
-
-def cnn(norm=nn.BatchNorm2d):
-    first, second = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 4, 2)
-    head = [nn.Flatten(), nn.Linear(16, CLASSES)]
-    return nn.Sequential(first, norm(3), nn.ReLU(), second, norm(4), nn.ReLU(), *head)
-
-
-class Tokens(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm, self.second = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, CLASSES)
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.norm(self.first(x)))).mean(1)
-
-
-def spread(model):
-    """Scales and shifts that differ."""
-    for norm in batch_norms(model).values():
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias)
-    return model
-
-
 @pytest.mark.parametrize("fisher", ["exact", "sampled"])
 @pytest.mark.parametrize(
     ("make", "shape"),
     [
-        (lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, CLASSES)), (4,)),
-        (lambda: cnn(lambda channels: nn.GroupNorm(1, channels)), (1, 5, 5)),
-        (Tokens, (6, 4)),
+        (lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, by_hand.CLASSES)), (4,)),
+        (lambda: by_hand.cnn(lambda channels: nn.GroupNorm(1, channels)), (1, 5, 5)),
+        (by_hand.Tokens, (6, 4)),
     ],
     ids=["mlp", "cnn", "tokens"],
 )
@@ -119,9 +90,9 @@ def test_without_batch_norm_it_is_kfac(make, shape, fisher):
         assert other.layers[name].totals.moment(1).any()  # kept, and not used
 
 
-@pytest.mark.parametrize(("make", "shape"), [(mlp, (20,)), (cnn, (1, 5, 5))])
+@pytest.mark.parametrize(("make", "shape"), [(by_hand.mlp, (20,)), (by_hand.cnn, (1, 5, 5))])
 def test_the_total_is_zero_before_a_batch_norm(make, shape):
-    model = spread(make())
+    model = by_hand.spread(make())
     sums = collect(model, [1 + torch.randn(6, *shape) for _ in range(3)])
     last = list(sums.layers)[-1]
     for name, layer in sums.layers.items():
@@ -133,48 +104,20 @@ def test_the_total_is_zero_before_a_batch_norm(make, shape):
 
 def test_which_layers_are_coupled():
     x = torch.randn(6, 20)
-    held = collect(mlp(), [x], by_batch=[])  # running statistics couple nothing
+    held = collect(by_hand.mlp(), [x], by_batch=[])  # running statistics couple nothing
     assert [(layer.coupled, len(layer.terms(6))) for layer in held.layers.values()] == [(False, 1)] * 3
-    model = mlp()
+    model = by_hand.mlp()
     second = collect(model, [x], by_batch=[model[4]])
     assert [layer.coupled for layer in second.layers.values()] == [True, True, False]
     first = collect(model, [x], by_batch=[model[1]])
     assert [layer.coupled for layer in first.layers.values()] == [True, False, False]
     model[4] = nn.BatchNorm1d(10, track_running_stats=False)
     assert [layer.coupled for layer in collect(model, [x], by_batch=[]).layers.values()] == [True, True, False]
-    behind = collect(mlp(), [x], pairs=[("0", "1"), ("3", "4")])  # what follows the pair counts, not its own BatchNorm
+    behind = collect(by_hand.mlp(), [x], pairs=[("0", "1"), ("3", "4")])  # a pair's own BatchNorm is part of it
     assert [layer.coupled for layer in behind.layers.values()] == [True, False, False]
 
 
-class Beside(nn.Module):
-    """A layer whose output is the same for all rows, as its matrix is zero; what differs comes in beside it.
-
-    Gradients then say nothing of what enters the layer. Only samples with a mark have a loss: the others have one
-    class that is not masked.
-    """
-
-    def __init__(self, layer, own, norm):
-        super().__init__()
-        self.layer, self.own, self.norm, self.out = layer, own, norm, nn.LazyLinear(CLASSES)
-        nn.init.zeros_(layer.weight if isinstance(own, nn.Identity) else own.weight)
-        self.width = layer.weight.shape[1] * getattr(layer, "groups", 1)
-
-    def forward(self, x):
-        a, z, mark = x[:, : self.width], x[:, self.width : -1], x[:, -1].reshape(len(x), -1)[:, 0]
-        logits = self.out(torch.tanh(self.norm(torch.tanh(self.own(self.layer(a)) + z))).flatten(1))
-        return logits.masked_fill((mark[:, None] == 0) & (torch.arange(CLASSES) > 0), -float("inf"))
-
-
-BESIDE = {
-    "linear": lambda: Beside(nn.Linear(2, 4), nn.Identity(), nn.BatchNorm1d(4)),
-    "convolution": lambda: Beside(nn.Conv2d(2, 4, 1), nn.Identity(), nn.BatchNorm2d(4)),
-    "groups": lambda: Beside(nn.Conv2d(4, 4, 1, groups=2), nn.Identity(), nn.BatchNorm2d(4)),
-    "merged linear": lambda: Beside(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)),
-    "merged convolution": lambda: Beside(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)),
-}
-
-
-@pytest.mark.parametrize("make", BESIDE.values(), ids=BESIDE.keys())
+@pytest.mark.parametrize("make", by_hand.BESIDE.values(), ids=by_hand.BESIDE.keys())
 def test_it_is_exact_where_activations_are_independent_of_gradients(make):
     """Every row's activation takes every value, whatever those of the others are; each sample in turn has a loss."""
     model = make()
@@ -187,10 +130,11 @@ def test_it_is_exact_where_activations_are_independent_of_gradients(make):
         mark = (torch.arange(n) == marked).double().reshape(n, 1, *[1] * len(shape)).expand(n, 1, *shape)
         batches.append(torch.cat([a, z, mark], 1))
     model(batches[0])
-    spread(model.norm)
+    by_hand.spread(model.norm)
     merged = not isinstance(model.own, nn.Identity)
     sums = collect(model, batches, pairs=[("layer", "own")] if merged else ())
-    dense = averaged(blocks(folded(model, x, "layer", "own") if merged else model, x, ["layer"]) for x in batches)
+    models = [by_hand.folded(model, x, "layer", "own") if merged else model for x in batches]
+    dense = averaged(by_hand.blocks(own, x, ["layer"]) for own, x in zip(models, batches, strict=True))
     found = form(sums, "layer")
     right, left = sums.layers["layer"].factors(sums.samples)
     size = found.shape[1]
@@ -201,18 +145,16 @@ def test_it_is_exact_where_activations_are_independent_of_gradients(make):
     assert all(matrix(term.left).norm() > 1e-3 * left.norm() for term in sums.layers["layer"].terms(sums.samples))
 
 
-def table(title, make, batches_of, names, *, networks=NETWORKS, pairs=()):
+def table(title, make, batches_of, names, *, networks=NETWORKS, count=30, repeat=1, pairs=()):
     """Print a line a network; return [networks, layers, 2] errors of K-FAC and XK-FAC."""
     found = []
     for seed in range(networks):
         torch.manual_seed(seed)
         model = make()
-        batches = [batches_of() for _ in range(BATCHES)]
-        sums = collect(model, batches * 2, seed=seed, pairs=pairs)  # twice: other signs
-        if pairs:
-            dense = {n: averaged(blocks(folded(model, x, n, b), x, [n]) for x in batches)[n] for n, b in pairs}
-        else:
-            dense = averaged(blocks(model, x, names) for x in batches)
+        batches = [batches_of() for _ in range(count)]
+        sums = collect(model, batches * repeat, seed=seed, pairs=pairs)  # each time with other signs
+        models = [by_hand.folded(model, x, *pairs[0]) if pairs else model for x in batches]
+        dense = averaged(by_hand.blocks(own, x, names) for own, x in zip(models, batches, strict=True))
         found.append([errors(sums, name, dense[name]) for name in names])
     print(f"\n{title}\nnetwork  " + "  ".join(f"layer {name}: K-FAC  XK-FAC" for name in names))
     for label, own in [*enumerate(found), ("mean", np.mean(found, axis=0))]:
@@ -230,7 +172,7 @@ def images(size):
 
 @pytest.mark.parametrize("size", [8, 32])
 def test_the_error_is_smaller_in_every_network(size):
-    found = table(f"three Linear layers, two BatchNorms, batch {size}", mlp, features(size), ["0", "3"])
+    found = table(f"three Linear layers, two BatchNorms, batch {size}", by_hand.mlp, features(size), ["0", "3"])
     assert (found[..., 1] < found[..., 0]).all()
     assert (found[..., 1].mean(0) <= 0.8).all()
     # as a prototype measured: 0.67 and 0.41 in the first layer, 0.54 and 0.58 in the second
@@ -239,13 +181,14 @@ def test_the_error_is_smaller_in_every_network(size):
 
 def test_the_error_where_an_activation_stands_before_batch_norm():
     """The sum over rows is not zero there."""
-    found = table("BatchNorm behind ReLU, batch 32", lambda: mlp(after_relu=True), features(32), ["0", "3"])
+    title = "BatchNorm behind ReLU, batch 32"
+    found = table(title, lambda: by_hand.mlp(after_relu=True), features(32), ["0", "3"], repeat=2)
     assert (found[..., 1] < found[..., 0]).all()
     assert (found[..., 1].mean(0) <= 0.8).all()
 
 
 def test_the_error_of_convolutions():
-    found = table("two convolutions, batch 8", cnn, images(8), ["0", "3"], networks=5)
+    found = table("two convolutions, batch 8", by_hand.cnn, images(8), ["0", "3"], networks=5)
     assert (found[..., 1] < found[..., 0]).all()
     assert (found[..., 1].mean(0) <= 0.8).all()
 
@@ -258,9 +201,9 @@ def test_where_the_gain_vanishes():
     def dominated():
         return 1 + 0.3 * torch.randn(8, 5) + 3 * torch.randn(8, 1) * along
 
-    shifted = table("inputs of mean 1, batch 8", mlp, features(8), ["0", "6"])
-    centred = table("inputs of mean 0, batch 8", mlp, features(8, 0.0), ["0", "6"])
-    few = table("5 inputs, one direction dominates, batch 8", lambda: mlp(5), dominated, ["0"])
+    shifted = table("inputs of mean 1, batch 8", by_hand.mlp, features(8), ["0", "6"], networks=5)
+    centred = table("inputs of mean 0, batch 8", by_hand.mlp, features(8, 0.0), ["0", "6"], networks=5)
+    few = table("5 inputs, one direction dominates, batch 8", lambda: by_hand.mlp(5), dominated, ["0"], networks=5)
     gains = [own[:, 0, 1] / own[:, 0, 0] for own in (shifted, centred, few)]
     print("XK-FAC / K-FAC, mean of the first layer: " + "  ".join(f"{own.mean():.3f}" for own in gains))
     np.testing.assert_allclose(shifted[:, 0, 1], centred[:, 0, 1], rtol=1e-6)
@@ -272,77 +215,31 @@ def test_where_the_gain_vanishes():
 
 @pytest.mark.parametrize("fisher", ["sampled", "exact"])
 def test_averages_converge_as_one_over_the_root_of_draws(fisher):
-    """Labels and signs are drawn; what they estimate is known."""
-    model = spread(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, CLASSES)))
-    x, draws, seeds = 1 + torch.randn(4, 3), [8, 32, 128], 24
-    expected = output_moments(model, x, "0")
-    squares = np.zeros((len(draws), 2))
-    for seed in range(seeds):
-        run, done = factor_pass(model, fisher=fisher, seed=seed), 0
-        for row, count in enumerate(draws):
-            layer = run.run([x] * (count - done)).layers["0"]
-            done = count
-            for column, own in enumerate((layer.outputs, layer.totals)):
-                distance = own.moment(4 * count)[0] - expected[column]
-                squares[row, column] += (distance / expected[column].norm()).square().sum().item() / seeds
-    spreads = np.sqrt(squares)
+    """Labels and signs are drawn; what they estimate is known. Of each number of draws, many averages of their own."""
+    layers = nn.Linear(3, 4), nn.Tanh(), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, by_hand.CLASSES)
+    model, x = by_hand.spread(nn.Sequential(*layers)), 1 + torch.randn(4, 3)
+    run, draws, sums = factor_pass(model, fisher=fisher), [1, 4, 16], [torch.zeros(2, 4, 4)]
+    expected = torch.stack(by_hand.output_moments(model, x, "0"))
+    for _ in range(512):
+        layer = run.run([x]).layers["0"]
+        sums.append(torch.stack([own.moment(len(x))[0] for own in (layer.outputs, layer.totals)]))
+    spreads = []
+    for count in [*draws, 512]:
+        distances = torch.stack(sums)[::count].diff(dim=0) / count - expected
+        spreads.append((distances.square().sum((2, 3)).mean(0).sqrt() / expected.flatten(1).norm(dim=1)).numpy())
+    *spreads, final = spreads
     slopes = np.polyfit(np.log(draws), np.log(spreads), 1)[0]
-    print(f"\n{fisher}: relative errors of B_within, B_total after {draws} draws {spreads.T.round(4)}, slopes {slopes}")
+    print(f"\n{fisher}: draws, errors of B_within and B_total", *zip(draws, np.round(spreads, 3), strict=True))
+    print(f"slopes {slopes}, errors after 512 draws {final}")
     assert (np.abs(slopes + 0.5) < 0.1).all()
-    assert (spreads[-1] < 0.15).all()
+    assert (final < 2.5 * spreads[0] / 512**0.5).all()
 
 
-class Square(nn.Module):
-    def forward(self, x):
-        return x.square()
-
-
-def alone(inputs, *behind, scale=None, before=()):
-    """A last pair ("layer", "norm"), with what stands before and behind it."""
-    layer = inputs if isinstance(inputs, nn.Module) else nn.Linear(inputs, 5)
-    channels = layer.weight.shape[0]
-    norm = spread(nn.BatchNorm2d(channels) if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d(channels))
-    if scale is not None:
-        nn.init.constant_(norm.weight, scale)
-    parts = {str(place): part for place, part in enumerate(before)}
-    parts |= {"layer": layer, "norm": norm} | {f"b{place}": part for place, part in enumerate(behind)}
-    model = nn.Sequential()
-    for name, part in parts.items():
-        model.add_module(name, part)
-    return model
-
-
-def two():
-    """Of two samples, BatchNorm makes opposites; squares do not tell them apart, so that they have one B."""
-    before = [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh()]
-    model = alone(6, Square(), nn.Linear(5, CLASSES), before=before)
-    nn.init.zeros_(model.norm.bias)
-    return model
-
-
-#: Named for why one Kronecker product is the exact block of [W~, b~]: (model, mini-batches).
-EXACT = {
-    "two samples": (two, lambda: [1 + torch.randn(2, 4)]),
-    "no scale": (
-        lambda: alone(4, nn.Tanh(), nn.Linear(5, CLASSES), scale=0),
-        lambda: [torch.randn(n, 4) for n in (6, 6, 6)],
-    ),
-    "no scale, one patch an image": (
-        lambda: alone(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4, CLASSES), scale=0),
-        lambda: [torch.randn(5, 2, 3, 3)],
-    ),
-    "all samples alike": (
-        lambda: alone(4, nn.Tanh(), nn.Linear(5, CLASSES)),
-        lambda: [torch.randn(1, 4).expand(6, 4).clone()],
-    ),
-}
-
-
-@pytest.mark.parametrize(("make", "batches_of"), EXACT.values(), ids=EXACT.keys())
+@pytest.mark.parametrize(("make", "batches_of"), by_hand.EXACT.values(), ids=by_hand.EXACT.keys())
 def test_the_last_pair_is_exact_where_theory_says_so(make, batches_of):
     model, batches = make(), batches_of()
     sums = collect(model, batches, pairs=[("layer", "norm")])
-    dense = averaged(blocks(folded(model, x, "layer", "norm"), x, ["layer"]) for x in batches)["layer"]
+    dense = averaged(by_hand.blocks(by_hand.folded(model, x, "layer", "norm"), x, ["layer"]) for x in batches)["layer"]
     assert len(sums.layers["layer"].terms(1)) == 1
     assert dense.norm() > 1e-3
     assert (form(sums, "layer")[0] - dense).norm() < 1e-8 * dense.norm()
@@ -350,58 +247,35 @@ def test_the_last_pair_is_exact_where_theory_says_so(make, batches_of):
 
 @pytest.mark.parametrize("kind", ["linear", "convolutional"])
 def test_the_error_of_the_first_pair_is_smaller_in_every_network(kind):
-    make, batches_of = (mlp, features(8)) if kind == "linear" else (cnn, images(8))
-    networks = NETWORKS if kind == "linear" else 5
+    make, batches_of = (by_hand.mlp, features(8)) if kind == "linear" else (by_hand.cnn, images(8))
     title = f"layer and BatchNorm behind it as one matrix, {kind}, batch 8"
-    found = table(title, lambda: spread(make()), batches_of, ["0"], pairs=[("0", "1")], networks=networks)
+    few = {"pairs": [("0", "1")], "networks": NETWORKS if kind == "linear" else 5, "count": 15, "repeat": 4}
+    found = table(title, lambda: by_hand.spread(make()), batches_of, ["0"], **few)
     assert (found[..., 1] < found[..., 0]).all()
     assert (found[..., 1].mean(0) <= 0.8).all()
 
 
-class Scaled(nn.Module):
-    """A parameter that belongs to no layer, between BatchNorms; may break down."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm = nn.Linear(4, 5), nn.BatchNorm1d(5)
-        self.scale, self.second, self.after = nn.Parameter(torch.randn(5)), nn.Linear(5, 5), nn.BatchNorm1d(5)
-        self.dropout, self.out, self.left = nn.Dropout(0.5), nn.Linear(5, CLASSES), float("inf")
-
-    def forward(self, x):
-        hidden = self.after(self.second(torch.tanh(self.norm(self.first(x)) * self.scale)))
-        self.left -= 1
-        if self.left < 0:
-            raise KeyError("broken")
-        return self.out(self.dropout(torch.tanh(hidden)))
-
-
-def trained():
-    """Running statistics, gradients and modes that say something."""
-    model = spread(Scaled())
-    for _ in range(3):
-        nn.functional.cross_entropy(model(2 + 3 * torch.randn(6, 4)), torch.randint(CLASSES, (6,))).backward()
-    model.norm.eval()
-    return model
-
-
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_diagonal_that_takes_one_pass_a_sample_is_that_of_evaluation(merged):
-    model, x = trained(), torch.randn(7, 4)
+@pytest.mark.parametrize("running", ["same", "other"])
+def test_a_diagonal_that_takes_one_pass_a_sample_is_that_of_evaluation(running, merged):
+    """Samples do not meet there, whether or not the mini-batch has the running statistics."""
+    model, x = by_hand.trained().eval(), torch.randn(7, 4)
+    if running == "same":
+        by_hand.with_statistics_of(model, x)
     pairs = [("first", "norm"), ("second", "after")] if merged else ()
-    sums = collect(model, [x[:4], x[4:]], diagonal=["scale"], pairs=pairs)
-    model.eval()
+    sums = collect(model, [x], diagonal=["scale"], pairs=pairs)
 
     def run(scale):
         return torch.func.functional_call(model, {"scale": scale}, (x,))
 
-    dense = curvature(run, [model.scale.detach()])[0].diagonal()
+    dense = by_hand.curvature(run, [model.scale.detach()])[0].diagonal()
     torch.testing.assert_close(sums.diagonal["scale"] / 7, dense)
 
 
 @pytest.mark.parametrize("left", [float("inf"), 0, 1, 2])
 def test_nothing_is_disturbed(left):
     """Also where the model breaks down: in its first mini-batch, in passes of single samples, in the second."""
-    model, x = trained(), torch.randn(8, 4)
+    model, x = by_hand.trained(), torch.randn(8, 4)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     buffers = {name: id(buffer) for name, buffer in model.named_buffers()}
     gradients = [p.grad.clone() for p in model.parameters()]

@@ -1,0 +1,267 @@
+"""What K-FAC Laplace and XK-FAC cost: a training step, the factors, memory, and what truncation loses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import torch
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.supervised import Naive
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from avalanche_gradproj import InMemoryDataPlugin, KFACLaplacePlugin
+from avalanche_gradproj.layers.select import cover
+from avalanche_gradproj.methods.kfac import KroneckerLaplace
+from avalanche_gradproj.methods.kfac_factors import FactorPass
+from avalanche_gradproj.methods.xkfac import ExtendedKroneckerLaplace
+from benchmarks.speed_gpm import alexnet
+from benchmarks.timing import Timing, in_turn
+
+MLP_BATCH, ALEXNET_BATCH, CLASSES = 128, 64, 10
+#: Samples that factors are made of, and of an epoch.
+MLP_SAMPLES, ALEXNET_SAMPLES = 6400, 1280
+SHARES = (0.99, 0.999)
+
+
+def images(count: int, channels: int, size: int) -> Tensor:
+    """Return random images [n, channels, size, size] whose spectrum falls with the frequency as that of photographs."""
+    generator = torch.Generator().manual_seed(0)
+    frequencies = torch.fft.fftfreq(size)
+    distance = (frequencies[:, None].square() + frequencies[None].square()).sqrt().clamp(min=1.0 / size)
+    noise = torch.fft.fft2(torch.randn(count, channels, size, size, generator=generator))
+    pixels = torch.fft.ifft2(noise / distance).real
+    return (pixels - pixels.mean()) / pixels.std()
+
+
+def perceptron(*, batch_norm: bool = False) -> nn.Module:
+    """Return the perceptron 784-100-100-10 with biases, with or without BatchNorm."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs in (784, 100):
+        layers += [nn.Linear(inputs, 100), *([nn.BatchNorm1d(100)] if batch_norm else []), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(100, CLASSES))
+
+
+def step(
+    model: nn.Module, x: Tensor, y: Tensor, method: KroneckerLaplace | None, lr: float = 1e-4
+) -> Callable[[], None]:
+    """Return one training step, with the method's penalty if there is one; its experience has begun."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        if method is not None:
+            loss = method.objective(loss)
+        loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def steps(
+    make: Callable[[], nn.Module],
+    data: Tensor,
+    batch: int,
+    methods: dict[str, Callable[[], KroneckerLaplace]],
+    device: torch.device,
+) -> list[Timing]:
+    """Time a step of plain SGD and of each method, all on networks of the same weights."""
+    variants: dict[str, Callable[[], object]] = {}
+    data = data.to(device)
+    y = torch.randint(CLASSES, (batch,), device=device)
+    with ExitStack() as stack:
+        for name, build in {"plain SGD": None, **methods}.items():
+            torch.manual_seed(0)
+            model = make().to(device).train()
+            method = None if build is None else build()
+            if method is not None:
+                method.consolidate(model, data.split(128))
+                further = {"batches": data.split(128)} if isinstance(method, ExtendedKroneckerLaplace) else {}
+                stack.enter_context(method.experience(model, samples=len(data), **further))
+            variants[name] = step(model, data[:batch], y, method)
+        return in_turn(variants, repeats=41, warmup=5)
+
+
+def measure(device: torch.device) -> Iterator[tuple[str, list[Timing]]]:
+    """Yield each table's title and timings."""
+    flat, pictures = images(MLP_SAMPLES, 1, 28), images(ALEXNET_SAMPLES, 3, 32)
+
+    def kfac(share: float | None, mode: str = "online") -> Callable[[], KroneckerLaplace]:
+        return lambda: KroneckerLaplace(mode=mode, truncate=share)
+
+    truncated = {f"K-FAC Laplace, truncated at {share}": kfac(share) for share in SHARES}
+    yield (
+        f"A step of the perceptron 784-100-100-10, batch {MLP_BATCH}, online",
+        steps(perceptron, flat, MLP_BATCH, {"K-FAC Laplace, whole factors": kfac(None), **truncated}, device),
+    )
+    extended: dict[str, Callable[[], KroneckerLaplace]] = {
+        "XK-FAC, whole factors": ExtendedKroneckerLaplace,
+        **{f"XK-FAC, truncated at {share}": _extended(share) for share in SHARES},
+    }
+    with_norms = "The same with BatchNorm"
+    yield with_norms, steps(lambda: perceptron(batch_norm=True), flat, MLP_BATCH, extended, device)
+    yield f"The same inside Avalanche: an epoch of {MLP_SAMPLES} samples", avalanche_epochs(flat, device)
+    separate = {f"K-FAC Laplace, truncated at {share}": kfac(share, "separate") for share in SHARES}
+    yield (
+        f"A step of AlexNet, batch {ALEXNET_BATCH}",
+        steps(
+            alexnet,
+            pictures,
+            ALEXNET_BATCH,
+            {"K-FAC Laplace, whole factors": kfac(None, "separate"), **separate},
+            device,
+        ),
+    )
+    yield (
+        f"Factors of the perceptron beside an epoch of {MLP_SAMPLES} samples",
+        factor_pass(perceptron, flat, MLP_BATCH, device),
+    )
+    yield (
+        f"Factors of AlexNet beside an epoch of {ALEXNET_SAMPLES} samples",
+        factor_pass(alexnet, pictures, ALEXNET_BATCH, device),
+    )
+
+
+def _extended(share: float) -> Callable[[], KroneckerLaplace]:
+    return lambda: ExtendedKroneckerLaplace(truncate=share)
+
+
+def avalanche_epochs(data: Tensor, device: torch.device) -> list[Timing]:
+    """Time an epoch of Avalanche's Naive and of Naive with the plugin, with Avalanche's loader and in memory."""
+    from avalanche.benchmarks.scenarios import class_incremental_benchmark
+    from avalanche.benchmarks.utils import DataAttribute
+    from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
+
+    targets = [index % CLASSES for index in range(len(data))]
+    dataset = ClassificationDataset(
+        [TensorDataset(data, torch.tensor(targets))], data_attributes=[DataAttribute(targets, "targets")]
+    )
+    (experience,) = class_incremental_benchmark(
+        {"train": dataset, "test": dataset}, num_experiences=1, class_order=list(range(CLASSES))
+    ).train_stream
+    variants: dict[str, Callable[[], object]] = {}
+    for loader in ("Avalanche's loader", "in memory"):
+        for name, share in (("Naive", None), ("K-FAC, whole", 1.0), ("K-FAC, 0.99", 0.99)):
+            torch.manual_seed(0)
+            model = perceptron().to(device)
+            own = [] if share is None else [KFACLaplacePlugin(mode="online", truncate=None if share == 1 else share)]
+            strategy = Naive(
+                model=model,
+                optimizer=torch.optim.SGD(model.parameters(), lr=1e-4),
+                train_mb_size=MLP_BATCH,
+                train_epochs=1,
+                eval_mb_size=MLP_BATCH,
+                device=device,
+                plugins=[*own, *([InMemoryDataPlugin()] if loader == "in memory" else [])],
+                evaluator=EvaluationPlugin(),
+            )
+            if own:
+                own[0].method.consolidate(model, data.to(device).split(128))
+                own[0].after_training_exp = _nothing  # the factors are another table's
+            variants[f"{name}, {loader}"] = lambda strategy=strategy: strategy.train(experience)
+    return in_turn(variants, repeats=5, warmup=1)
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    """Take the place of a callback."""
+
+
+def factor_pass(make: Callable[[], nn.Module], data: Tensor, batch: int, device: torch.device) -> list[Timing]:
+    """Time the pass that makes the factors, and their eigenvectors for truncation, beside an epoch of plain SGD."""
+    torch.manual_seed(0)
+    model, data = make().to(device), data.to(device)
+    y = torch.randint(CLASSES, (len(data),), device=device)
+    parts = list(zip(data.split(batch), y.split(batch), strict=True))
+    runs = [step(model, x, labels, None) for x, labels in parts]
+    units = cover(model).units
+
+    def epoch() -> None:
+        model.train()
+        for run in runs:
+            run()
+
+    def factors() -> None:
+        FactorPass(model, units, generator=torch.Generator()).run(data.split(batch))
+
+    def consolidate(share: float | None) -> Callable[[], None]:
+        return lambda: KroneckerLaplace(truncate=share).consolidate(model, data.split(batch))
+
+    return in_turn(
+        {
+            "an epoch of plain SGD": epoch,
+            "sums of the factors": factors,
+            "the whole of consolidate": consolidate(None),
+            f"the same, truncated at {SHARES[0]}": consolidate(SHARES[0]),
+        },
+        repeats=7,
+        warmup=1,
+    )
+
+
+def truncation(device: torch.device) -> list[tuple[str, str, str, float, float, float]]:
+    """Measure what truncation keeps of a quadratic form, and what it saves.
+
+    Returns:
+        (network, share, eigenvectors kept of A and B of the first layer, mean of |truncated - whole| / whole of the
+        form at 50 displacements drawn at random, the same at displacements by training on other data, megabytes).
+    """
+    rows = []
+    for name, make, data in (
+        ("perceptron", perceptron, images(MLP_SAMPLES, 1, 28).to(device)),
+        ("AlexNet", alexnet, images(ALEXNET_SAMPLES, 3, 32).to(device)),
+    ):
+        torch.manual_seed(0)
+        model = make().to(device)
+        labels = torch.randint(CLASSES, (len(data),), device=device)
+        for begin in range(0, len(data), 128):
+            step(model.train(), data[begin : begin + 128], labels[begin : begin + 128], None, lr=0.05)()
+        start = {key: value.clone() for key, value in model.state_dict().items()}
+        methods = {share: KroneckerLaplace(truncate=share) for share in (None, *SHARES, 0.9999)}
+        for method in methods.values():
+            method.consolidate(model, data.split(128))
+        whole = methods.pop(None)
+        for share, method in methods.items():
+            errors: dict[str, list[float]] = {"random": [], "trained": []}
+            for kind, found in errors.items():
+                for trial in range(50 if kind == "random" else 5):
+                    model.load_state_dict(start)
+                    _displace(model, kind, trial, data, device)
+                    values = []
+                    for one in (whole, method):
+                        with one.experience(model, samples=len(data)):
+                            values.append(float(one.penalty()))
+                    found.append(abs(values[1] - values[0]) / values[0])
+            model.load_state_dict(start)
+            term = next(iter(method._memory.forms[0].layers.values())).terms[0]
+            kept = f"{term.right.rank}/{term.right.size}, {term.left.rank}/{term.left.size}"
+            means = [sum(found) / len(found) for found in errors.values()]
+            rows.append((name, str(share), kept, means[0], means[1], method.bytes_held / 1e6))
+        rows.append((name, "whole", "all", 0.0, 0.0, whole.bytes_held / 1e6))
+    return rows
+
+
+def truncation_table(device: torch.device) -> Table:
+    """Return what `truncation` measured, as a printable table."""
+    result = Table(title="Truncated factors beside whole ones", title_justify="left")
+    for column in ("network", "share", "kept of A, B (first layer)", "error, random", "error, trained", "MB"):
+        result.add_column(column, justify="left" if column in ("network", "share") else "right")
+    for network, share, kept, drawn, trained, size in truncation(device):
+        result.add_row(network, share, kept, f"{drawn:.4f}", f"{trained:.4f}", f"{size:.1f}")
+    return result
+
+
+def _displace(model: nn.Module, kind: str, trial: int, data: Tensor, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(trial)
+    if kind == "random":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator).to(device))
+        return
+    pixels = torch.randperm(data[0].numel(), generator=generator)
+    others = data.flatten(1)[:, pixels.to(device)].view_as(data)
+    labels = torch.randint(CLASSES, (len(data),), generator=generator).to(device)
+    for begin in range(0, len(data), 128):
+        step(model.train(), others[begin : begin + 128], labels[begin : begin + 128], None, lr=0.05)()
