@@ -66,6 +66,16 @@ def test_perceptrons_with_biases():
     assert plain[1].bias.abs().max() > 0
 
 
+def test_perceptron_with_batch_norm():
+    """The perceptron with biases, and a BatchNorm with running statistics between each hidden layer and its ReLU."""
+    model = build_model("mlp-bn", stream_of((1, 28, 28), 10, 0), 100)
+    kinds = [nn.Flatten, *[nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2, nn.Linear]
+    assert [type(module) for module in model] == kinds
+    assert sum(parameter.numel() for parameter in model.parameters()) == MLP + 100 + 100 + 10 + 4 * 100
+    assert all(norm.track_running_stats and norm.affine for norm in (model[2], model[5]))
+    assert model(torch.randn(4, 1, 28, 28)).shape == (4, 10)
+
+
 def masked_resnet():
     classes = tuple(tuple(range(first, first + 5)) for first in range(0, 100, 5))
     return build_model("slim-resnet18", Stream(None, (), (), (), (3, 32, 32), 100, 20, classes), None)
