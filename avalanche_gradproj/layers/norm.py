@@ -30,7 +30,7 @@ def untracked_norms(model: nn.Module) -> list[str]:
 def held_statistics(model: nn.Module, norms: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Normalise with the running statistics, and leave them as they are, also in training.
 
-    The layers are put into evaluation mode and given back their mode at the end, also after an exception.
+    The layers are put into evaluation mode and given the model's mode at the end, also after an exception.
 
     Args:
         model: a model in training mode; layers already in evaluation mode stay in it.
@@ -40,10 +40,15 @@ def held_statistics(model: nn.Module, norms: Iterable[nn.Module] | None = None) 
     with ExitStack() as stack:
         for module in held:
             module.eval()
-            stack.callback(module.train)
+            # Not back into training mode where the whole model was taken out of it meanwhile.
+            stack.callback(_back, module, model)
             # Whoever calls model.train() in between would thaw them.
             stack.callback(module.register_forward_pre_hook(_evaluate).remove)
         yield
+
+
+def _back(module: nn.Module, model: nn.Module) -> None:
+    module.train(module is model or model.training)
 
 
 def _evaluate(module: nn.Module, args: Any) -> None:

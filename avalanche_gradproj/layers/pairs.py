@@ -20,6 +20,8 @@ from avalanche_gradproj.layers.unit import Unit
 #: as they are, since the check draws scales and shifts of its own.
 _TOLERANCE = 1e-3
 
+_UNSEEN = "the model did not call it on the mini-batch"
+
 #: Runs the model on a mini-batch, and gives its output.
 Run = Callable[[], Any]
 
@@ -31,10 +33,12 @@ class Pairs:
     Attributes:
         found: name of a BatchNorm -> name of the layer that feeds it alone.
         unpaired: name of a BatchNorm -> why it has none.
+        unseen: those that the model did not call: nothing is known of them.
     """
 
     found: dict[str, str]
     unpaired: dict[str, str]
+    unseen: frozenset[str] = frozenset()
 
 
 def find_pairs(
@@ -89,7 +93,7 @@ def find_pairs(
     for name in given or ():
         if name in unpaired:
             raise ConfigurationError(f"pairs: BatchNorm {name!r} and layer {(given or {})[name]!r}: {unpaired[name]}")
-    return Pairs(found, {name: unpaired[name] for name in unpaired})
+    return Pairs(found, unpaired, frozenset(name for name, why in unpaired.items() if why == _UNSEEN))
 
 
 def _check_names(
@@ -143,11 +147,14 @@ def _observed(
     for name, layers in sources.items():
         layer = layers[0] if layers else None
         if not layers:
-            unpaired[name] = "the model did not call it on the mini-batch"
+            unpaired[name] = _UNSEEN
         elif len(layers) > 1:
             unpaired[name] = f"the model called it {len(layers)} times in one pass"
         elif layer is None:
-            unpaired[name] = "what enters it is not the output of a covered Linear layer or convolution"
+            unpaired[name] = (
+                "what enters it is not the output of a covered Linear layer or convolution (one that is excluded, or "
+                "takes no gradient, is not covered)"
+            )
         elif calls[layer] > 1 or fed[layer] > 1:
             unpaired[name] = f"layer {layer!r} is used {calls[layer]} times, by {fed[layer]} BatchNorms"
         else:
@@ -175,6 +182,7 @@ def _disagreeing(
                     stack.enter_context(_replaced(norms[name], lambda x, output: x))
                 else:
                     stack.enter_context(_replaced(norms[name], _mapping(scale, shift, 1, of_input=True)))
+            torch.manual_seed(0)  # what the model draws is the same each time; whoever calls gives the state back
             return [tensor.detach() for tensor in _tensors(run())]
 
     if not found:

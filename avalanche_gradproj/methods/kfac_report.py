@@ -47,7 +47,7 @@ def laplace_report(
         shape = tuple(parameter.shape)
         for unit in coverage.units:
             if any(own is parameter for own in unit.parameters):
-                terms = [term for form in forms if unit.name in form.layers for term in form.layers[unit.name].terms]
+                terms = [own.terms for form in forms if (own := form.layers.get(unit.name)) is not None and own.terms]
                 kept = _factors(terms)
                 if isinstance(unit, MergedUnit):
                     kept = f"layer {unit.name!r} and BatchNorm {unit.norm_name!r} as one: {kept}"
@@ -75,12 +75,13 @@ def laplace_report(
     return Report(tuple(rows), (*lines, *(notes or statistics_notes(model, held=False))))
 
 
-def _factors(terms: Sequence[KroneckerTerm]) -> str:
+def _factors(terms: Sequence[Sequence[KroneckerTerm]]) -> str:
     if not terms:
         return "Kronecker factors, none yet"
-    last = terms[-1]
+    last = terms[-1][0]
+    several = ", and a term across samples" if len(terms[-1]) > 1 else ""
     out, d = last.left.size, last.right.size
     if last.left.rank < out or last.right.rank < d:
         kept = f"{last.left.rank} of {out} x {last.right.rank} of {d} eigenvectors"
-        return f"Kronecker factors, {kept} in the last of {len(terms)}"
-    return f"Kronecker factors {out} x {d}, {len(terms)}"
+        return f"Kronecker factors, {kept} in the last of {len(terms)}{several}"
+    return f"Kronecker factors {out} x {d}, {len(terms)}{several}"

@@ -12,25 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from avalanche_gradproj.errors import ConfigurationError, DataError, StateError
+from avalanche_gradproj.errors import ConfigurationError, StateError
 from avalanche_gradproj.layers.merged import MergedUnit, watch_entering
 from avalanche_gradproj.layers.norm import frozen
+from avalanche_gradproj.layers.record import undisturbed
 from avalanche_gradproj.layers.select import Coverage
 from avalanche_gradproj.layers.unit import Unit
 from avalanche_gradproj.methods.arguments import switches
 from avalanche_gradproj.methods.base import Forward
 from avalanche_gradproj.methods.kfac import KroneckerLaplace
 from avalanche_gradproj.methods.kfac_factors import FactorPass
-from avalanche_gradproj.methods.kfac_labels import run_on, up_to
+from avalanche_gradproj.methods.kfac_labels import run_on
 from avalanche_gradproj.methods.kfac_model import penalty_of
 from avalanche_gradproj.methods.kfac_penalty import QuadraticPenalty
 from avalanche_gradproj.methods.kfac_report import laplace_report
 from avalanche_gradproj.methods.xkfac_balance import Balance
 from avalanche_gradproj.methods.xkfac_pairs import BatchNormPlan, merged_units
-from avalanche_gradproj.methods.xkfac_reparameterise import reparameterise
-
-#: Samples whose statistics a reparameterised BatchNorm starts with; training replaces them within a few steps.
-STATISTICS_SAMPLES = 4096
+from avalanche_gradproj.methods.xkfac_reparameterise import STATISTICS_SAMPLES, reparameterise
 
 
 class ExtendedKroneckerLaplace(KroneckerLaplace):
@@ -48,9 +46,8 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
             xkfac.consolidate(model, loader)
 
     Where K-FAC Laplace has a layer's weight W, here is the matrix [W~, b~] that the layer and the BatchNorm behind it
-    are in evaluation (`layers.merged`); its curvature is that of the loss of mini-batches, in which samples depend on
-    each other through later BatchNorms (`kfac_sums.LayerSums.terms`). In training steps W~ and b~ are those of the
-    mini-batch's statistics, through which the penalty is differentiated too.
+    are in evaluation (`layers.merged`), in training steps by the mini-batch's statistics, through which the penalty is
+    differentiated too. Its curvature is that of the loss of mini-batches (`kfac_sums.LayerSums.terms`).
 
     Departures from the paper, whose full text was not available: see docs/xkfac.md.
 
@@ -134,10 +131,10 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
         """Begin an experience; see `Method.start`.
 
         Args:
-            model: the model.
+            model: see `KroneckerLaplace.start`, as for `heads` and `samples`.
             optimizer: any; it forgets what it knows of parameters that get new coordinates.
             heads: names of modules that are heads of one task.
-            samples: N, samples of the experience; None for as many as the last one had.
+            samples: N, samples of the experience.
             batches: mini-batches of it, as `consolidate` gets them: the first one to find the pairs, about
                 `STATISTICS_SAMPLES` samples to reparameterise. None before the first experience leaves the search to
                 `consolidate`.
@@ -148,19 +145,26 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
             ConfigurationError: also for pairs given that are none.
             DataError: if `batches` are needed and missing.
         """
-        self._heads = tuple(heads)
-        data = iter(()) if batches is None else iter(batches)
-        acts = bool(self._strength() or self._memory.forms)
-        if acts:
-            data = self._find(model, data, forward)
-        self._plan.hold(model, self._heads)
-        super().start(model, optimizer, heads=heads, samples=samples)
-        self._balance = Balance()
+        self._heads, kept = tuple(heads), self._plan.state()
+        acts, data = bool(self._strength() or self._memory.forms), batches
         try:
-            self._move(model, optimizer, data, batches is not None, forward)
+            if acts and data is not None:
+                data = self._find(model, data, forward)
+            if acts:
+                self._plan.hold(model, self._heads)
+            super().start(model, optimizer, heads=heads, samples=samples)
+            self._balance = Balance()
+            if self.n_samples == 1 and self.normalises(model):
+                raise ConfigurationError("n_samples=1: factors are made of mini-batches with BatchNorm, give 2 or more")
+            self._move(model, optimizer, data, forward)
         except BaseException:
+            self._plan.load(kept)
             self.abandon()
             raise
+
+    def normalises(self, model: nn.Module) -> bool:
+        """Whether BatchNorms normalise by the mini-batch in the pass after the experience in training."""
+        return self._training is not None and bool(self._plan.by_batch(self._training.units, model))
 
     def some(self, size: int) -> Tensor:
         """Return the indices of about `STATISTICS_SAMPLES` samples of an experience of `size`, for `batches`."""
@@ -186,32 +190,20 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
             self._training.entered.clear()
 
     def penalty(self) -> Tensor:
-        """Return the penalty at the present weights, and the statistics of the last training step's mini-batch.
-
-        Raises:
-            StateError: outside of an experience, or before a forward pass in it.
-        """
+        """Return the penalty, with the statistics of the last training step's mini-batch; see `Penalty.penalty`."""
         value = super().penalty()
         if self._training is not None:
             self._training.entered.clear()
         return value
 
     def objective(self, loss: Tensor) -> Tensor:
-        """Return what a training step minimises: the weighted and scaled sum of loss and penalty.
-
-        Args:
-            loss: of the mini-batch, a scalar.
-        """
-        if not self.penalising:
+        """Return the weighted and scaled sum of a mini-batch's loss and the penalty; see `Penalty.objective`."""
+        if self._training is not None and not self.penalising:
             return loss
         penalty = self.penalty()
-        if self.balanced:
-            share = 1.0 / (self.experiences + 1)
-            loss, penalty = loss * share, penalty * share
-        if self.adaptive:
-            of_loss, of_penalty = self._balance.scales(loss, penalty)
-            return of_loss * loss + of_penalty * penalty
-        return loss + penalty
+        share = 1.0 / (self.experiences + 1) if self.balanced else 1.0
+        of_loss, of_penalty = self._balance.scales(loss * share, penalty * share) if self.adaptive else (1.0, 1.0)
+        return of_loss * share * loss + of_penalty * share * penalty
 
     def consolidate(self, model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
         """Take the curvature of the experience just learned; see `KroneckerLaplace.consolidate`.
@@ -219,37 +211,36 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
         BatchNorms normalise by the mini-batch unless they are held, and their statistics stay; a diagonal that takes a
         pass a sample is taken in evaluation mode.
         """
-        data = iter(batches)
-        if self._plan.found is None and self._strength():
-            data = self._find(model, data, forward)
-        super().consolidate(model, data, forward=forward)
+        kept = self._plan.state()
+        try:
+            if self._plan.found is None and self._strength():
+                batches = self._find(model, batches, forward)
+            super().consolidate(model, batches, forward=forward)
+        except BaseException:
+            self._plan.load(kept)
+            raise
 
-    def _find(self, model: nn.Module, data: Iterator[Any], forward: Forward | None) -> Iterator[Any]:
+    def _find(self, model: nn.Module, batches: Iterable[Any], forward: Forward | None) -> Iterable[Any]:
         """Find the pairs, where they are wanted, on the first mini-batch; return all mini-batches."""
-        first = next(data, None) if self._plan.looks else None
+        if not self._plan.looks:
+            return batches
+        with undisturbed(model):  # loaders draw random numbers
+            data = iter(batches)
+            first = next(data, None)
         if first is None:
             return data
         self._plan.find(model, super()._covered(model), self._heads, lambda: run_on(model, first, forward))
         return chain([first], data)
 
     def _move(
-        self, model: nn.Module, optimizer: Optimizer | None, data: Iterable[Any], given: bool, forward: Forward | None
+        self, model: nn.Module, optimizer: Optimizer | None, data: Iterable[Any] | None, forward: Forward | None
     ) -> None:
         """Reparameterise, once an experience, where there is a penalty that keeps what it leaves unchanged."""
         training = self._training
-        if training is None or training.penalty is None or not merged_units(training.units) or not self.reparameterise:
+        units = [] if training is None or training.penalty is None else merged_units(training.units)
+        if not units or not self.reparameterise or self._moved_for == self.experiences:
             return
-        if self._moved_for == self.experiences:
-            return
-        if not given:
-            raise DataError(
-                "the statistics of the new experience are needed to reparameterise its BatchNorms: give "
-                "experience(..., batches=loader), or reparameterise=False"
-            )
-        some = up_to(STATISTICS_SAMPLES, data)
-        reparameterise(
-            model, merged_units(training.units), some, lambda batch: run_on(model, batch, forward), optimizer
-        )
+        reparameterise(model, units, data, lambda batch: run_on(model, batch, forward), optimizer)
         self._moved_for = self.experiences
 
     def _wanted(self, norm: str) -> bool:
@@ -271,16 +262,16 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
         return partial(self._merged_tensors, unit) if isinstance(unit, MergedUnit) else unit.tensors
 
     def _merged_tensors(self, unit: MergedUnit) -> tuple[Tensor, ...]:
-        entered = None if self._training is None else self._training.entered.get(unit.norm_name)
-        if entered is None and unit.norm.training:
+        entered = {} if self._training is None else self._training.entered
+        if not entered and unit.norm.training:
             raise StateError(
                 f"penalty() needs the mini-batch that entered BatchNorm {unit.norm_name!r}: call it after model(x), "
                 "once for each training step"
             )
-        return unit.tensors(entered)
+        return unit.tensors(entered.get(unit.norm_name))  # one that the step did not call has its running statistics
 
     def _factor_pass(self, model: nn.Module, coverage: Coverage, forward: Forward | None, **further: Any) -> FactorPass:
-        by_batch = self._plan.by_batch(coverage, model)
+        by_batch = self._plan.by_batch(coverage.units, model)
         return super()._factor_pass(model, coverage, forward, extended=self.inter_example, by_batch=by_batch, **further)
 
     def _describe(self, model: nn.Module, coverage: Coverage) -> None:
@@ -296,12 +287,11 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
         )
 
     def _state(self) -> dict[str, Any]:
-        return {**super()._state(), **self._plan.state(), "moved_for": self._moved_for}
+        own = {"moved_for": self._moved_for, "balanced": self.balanced}
+        return {**super()._state(), **self._plan.state(), **own}
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        if not isinstance(state.get("moved_for"), int):
-            raise StateError(f"the state's 'moved_for' is {state.get('moved_for')!r:.80}: it is damaged")
-        self._plan.check(state)
+        self._plan.check(state, self.balanced)
         super()._load_state(state)
         self._plan.load(state)
         self._moved_for = state["moved_for"]

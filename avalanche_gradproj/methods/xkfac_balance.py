@@ -34,7 +34,11 @@ class Balance:
             loss: the weighted loss, one number.
             penalty: the weighted penalty, one number.
         """
-        present = torch.stack([loss.detach().reshape(()), penalty.detach().to(loss).reshape(())])
-        self._means = present if self._means is None else torch.lerp(present, self._means, self._keep)
-        shares = 2.0 * self._means / self._means.sum().clamp(min=torch.finfo(present.dtype).tiny)
+        present = torch.stack([loss.detach().reshape(()), penalty.detach().to(loss).reshape(())]).abs()
+        # A step that went wrong, and that its optimizer may skip, leaves no trace.
+        held = torch.zeros_like(present) if self._means is None else self._means
+        moved = present if self._means is None else torch.lerp(present, held, self._keep)
+        self._means = torch.where(torch.isfinite(present), moved, held)
+        total = self._means.sum()
+        shares = torch.where(total > 0, 2.0 * self._means / total, 1.0)
         return shares[0], shares[1]

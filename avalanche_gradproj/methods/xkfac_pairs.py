@@ -31,7 +31,8 @@ class BatchNormPlan:
         exclude: patterns of what is left alone.
 
     Attributes:
-        found: BatchNorm's name -> name of the layer that it is merged with; None before anybody looked.
+        found: BatchNorm's name -> name of the layer that it is merged with; None before anybody looked. Once there, a
+            name stays.
         held: names of BatchNorms that stay as the first experience leaves them.
 
     Raises:
@@ -75,9 +76,23 @@ class BatchNormPlan:
         """
         norms = self._concerned(model, heads)
         pairs = find_pairs(model, coverage.units, norms, run, self._given)
+        before = self.found or {}
+        for name, layer in before.items():
+            if name in norms and name not in pairs.unseen and pairs.found.get(name) != layer:
+                raise ModelError(
+                    f"BatchNorm {name!r} was merged with layer {layer!r}, and now {pairs.unpaired.get(name)}: what was "
+                    "learned is about the two together; use the model as it was"
+                )
+        # Of one that the model did not call nothing is known, and nothing changes.
         lonely = {
-            name: why for name, why in pairs.unpaired.items() if self._include is None or matches(name, self._include)
+            name: why
+            for name, why in pairs.unpaired.items()
+            if name not in pairs.unseen
+            and name not in self.held
+            and (self._include is None or matches(name, self._include))
+            and (norms[name].running_mean is None or _learns(norms[name]))
         }
+        _refuse_untracked({name: norms[name] for name in lonely})
         if lonely and self._unpaired == "raise":
             reasons = "; ".join(f"BatchNorm {name!r}: {why}" for name, why in lonely.items())
             raise ModelError(
@@ -85,8 +100,8 @@ class BatchNormPlan:
                 "hold them from the second experience on (unpaired='freeze'), exclude them, or use batchnorm='track' "
                 "or 'freeze' for all"
             )
-        _refuse_untracked({name: norms[name] for name in lonely})
-        self.found, self.held = pairs.found, list(lonely)
+        new = {name: layer for name, layer in pairs.found.items() if name not in self.held}
+        self.found, self.held = {**before, **new}, [*self.held, *lonely]
 
     def hold(self, model: nn.Module, heads: Sequence[str]) -> None:
         """Hold all where that is wanted.
@@ -101,15 +116,21 @@ class BatchNormPlan:
 
     def applied(self, coverage: Coverage, model: nn.Module) -> Coverage:
         """Return a coverage with pairs merged, and without scale and shift of BatchNorms that are held."""
+        here = batch_norms(model)
+        for name in (*(self.found or {}), *self.held):
+            if name not in here:
+                raise StateError(
+                    f"the state is of another model: it has no BatchNorm {name!r}, only {', '.join(here) or 'none'}"
+                )
         pairs = [(layer, norm) for norm, layer in (self.found or {}).items()]
         coverage = merged_coverage(coverage, model, pairs)
         held = self.held_parameters(coverage, model)
         return replace(coverage, frozen=[name for name in coverage.frozen if name not in held])
 
-    def by_batch(self, coverage: Coverage, model: nn.Module) -> list[_BatchNorm]:
+    def by_batch(self, units: Iterable[Unit], model: nn.Module) -> list[_BatchNorm]:
         """Return the BatchNorms that go on normalising by the mini-batch, and keep statistics."""
         if self._batchnorm == "merge":
-            return [unit.norm for unit in merged_units(coverage.units)]
+            return [unit.norm for unit in merged_units(units)]
         norms = batch_norms(model).values() if self._batchnorm == "track" else ()
         return [norm for norm in norms if norm.running_mean is not None]
 
@@ -135,15 +156,30 @@ class BatchNormPlan:
 
     def state(self) -> dict[str, Any]:
         """Return names."""
-        return {"pairs": None if self.found is None else dict(self.found), "held": list(self.held)}
+        found = None if self.found is None else dict(self.found)
+        return {"batchnorm": self._batchnorm, "pairs": found, "held": list(self.held)}
 
-    def check(self, state: Mapping[str, Any]) -> None:
-        """Check what `state` returned.
+    def check(self, state: Mapping[str, Any], balanced: bool) -> None:
+        """Check what `state` returned, and what an XK-FAC adds to it.
+
+        Args:
+            state: the state.
+            balanced: whether strengths are balanced here.
 
         Raises:
-            StateError: if it is damaged.
+            StateError: if it is damaged, or of another `batchnorm`.
         """
-        for key, kind in (("pairs", dict | None), ("held", list)):
+        if state.get("batchnorm") != self._batchnorm:
+            raise StateError(
+                f"the state is of batchnorm={state.get('batchnorm')!r:.80}, this is batchnorm={self._batchnorm!r}: use "
+                "that one"
+            )
+        if state.get("balanced") != balanced:
+            made = "with" if state.get("balanced") else "without"
+            raise StateError(
+                f"the state was made {made} strength='balanced', which weighs experiences otherwise: use the same"
+            )
+        for key, kind in (("pairs", dict | None), ("held", list), ("moved_for", int)):
             if not isinstance(state.get(key), kind):
                 raise StateError(f"the state's {key!r} is {state.get(key)!r:.80}, expected {kind}: it is damaged")
 
@@ -152,12 +188,25 @@ class BatchNormPlan:
         self.found, self.held = state["pairs"], list(state["held"])
 
     def _concerned(self, model: nn.Module, heads: Sequence[str]) -> dict[str, _BatchNorm]:
-        return {
-            name: norm
-            for name, norm in batch_norms(model).items()
-            if not matches(name, self._exclude)
-            and not any(name == head or name.startswith(f"{head}.") for head in heads)
-        }
+        found = {}
+        for name, norm in batch_norms(model).items():
+            own = [f"{name}.{key}" for key, _ in norm.named_parameters()]
+            excluded = [parameter for parameter in own if matches(parameter, self._exclude)]
+            if excluded and len(excluded) < len(own):
+                raise ConfigurationError(
+                    f"exclude matches {excluded[0]!r} and not all of BatchNorm {name!r}, which is covered whole or not "
+                    f"at all: give {name!r}"
+                )
+            in_head = any(name == head or name.startswith(f"{head}.") for head in heads)
+            if not (excluded or in_head or matches(name, self._exclude)):
+                found[name] = norm
+        return found
+
+
+def _learns(norm: _BatchNorm) -> bool:
+    """Whether scale or shift take a gradient; without either, only statistics move."""
+    parameters = list(norm.parameters())
+    return not parameters or any(parameter.requires_grad for parameter in parameters)
 
 
 def _refuse_untracked(norms: Mapping[str, _BatchNorm]) -> None:

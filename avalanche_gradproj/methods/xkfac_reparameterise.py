@@ -13,6 +13,10 @@ from torch.optim import Optimizer
 from avalanche_gradproj.errors import DataError, NonFiniteError
 from avalanche_gradproj.layers.merged import MergedUnit
 from avalanche_gradproj.layers.record import undisturbed
+from avalanche_gradproj.methods.kfac_labels import up_to
+
+#: Samples whose statistics a reparameterised BatchNorm starts with; training replaces them within a few steps.
+STATISTICS_SAMPLES = 4096
 
 
 class ChannelMoments:
@@ -39,15 +43,17 @@ class ChannelMoments:
             self._mean = self._mean + difference * (count / total)
         self.count = total
 
-    def result(self) -> tuple[Tensor, Tensor] | None:
-        """Return mean and variance [channels], None where nothing came."""
-        return None if self._mean is None or self._squares is None else (self._mean, self._squares / self.count)
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return mean and variance [channels] of what came."""
+        if self._mean is None or self._squares is None:
+            raise ValueError("nothing came")
+        return self._mean, self._squares / self.count
 
 
 def reparameterise(
     model: nn.Module,
     units: Sequence[MergedUnit],
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None,
     run: Callable[[Any], Any],
     optimizer: Optimizer | None = None,
 ) -> list[str]:
@@ -64,8 +70,9 @@ def reparameterise(
 
     Args:
         model: in evaluation mode it is the same function before and after, but for rounding.
-        units: pairs; those whose BatchNorm has no scale and shift, or with parameters that take no gradient, are left.
-        batches: mini-batches of the new data.
+        units: pairs; those whose BatchNorm has no scale and shift, with parameters that take no gradient, or that the
+            model does not call, are left.
+        batches: mini-batches of the new data, of which those with the first `STATISTICS_SAMPLES` samples are used.
         run: runs the model on one.
         optimizer: whose memory of the changed parameters is dropped.
 
@@ -73,9 +80,14 @@ def reparameterise(
         Names of the layers that were changed.
 
     Raises:
-        DataError: if no sample came.
+        DataError: if there is no data, or no sample came.
         NonFiniteError: naming a layer whose output is not finite on the data; nothing changes then.
     """
+    if batches is None:
+        raise DataError(
+            "the statistics of the new experience are needed to reparameterise its BatchNorms: give "
+            "experience(..., batches=loader), or reparameterise=False"
+        )
     units = [unit for unit in units if _changeable(unit)]
     moments = {unit.name: ChannelMoments() for unit in units}
 
@@ -85,8 +97,14 @@ def reparameterise(
     with undisturbed(model), ExitStack() as stack:
         for unit in units:
             stack.callback(unit.norm.register_forward_hook(hook_of(unit.name)).remove)
-        for batch in batches:
+        for batch in up_to(STATISTICS_SAMPLES, batches):
             run(batch)
+    if units and not any(own.count for own in moments.values()):
+        raise DataError(
+            f"layer {units[0].name!r} saw no sample of the new experience, whose statistics its BatchNorm "
+            f"{units[0].norm_name!r} is to start with: give batches=, or reparameterise=False"
+        )
+    units = [unit for unit in units if moments[unit.name].count]  # the model may not call all of them
     changes = [(unit, *_change(unit, moments[unit.name])) for unit in units]
     for unit, merged, mean, variance in changes:
         _write(unit, merged, mean, variance)
@@ -103,11 +121,6 @@ def _changeable(unit: MergedUnit) -> bool:
 
 def _change(unit: MergedUnit, moments: ChannelMoments) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
     found = moments.result()
-    if found is None:
-        raise DataError(
-            f"layer {unit.name!r} saw no sample of the new experience, whose statistics its BatchNorm "
-            f"{unit.norm_name!r} is to start with: give batches=, or reparameterise=False"
-        )
     with torch.no_grad():
         merged = unit.tensors()
     for tensor in (*found, *merged):

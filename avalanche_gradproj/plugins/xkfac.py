@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from avalanche_gradproj.errors import ConfigurationError
 from avalanche_gradproj.methods.xkfac import ExtendedKroneckerLaplace
 from avalanche_gradproj.plugins.base import own_forward
 from avalanche_gradproj.plugins.penalty import PenaltyPlugin, own_heads
@@ -54,7 +55,7 @@ class XKFACPlugin(PenaltyPlugin):
         ConfigurationError: for a value out of range or an unknown option.
 
     Errors while training begins, before any step: those of K-FAC Laplace, and `ModelError` naming each BatchNorm that
-    cannot be merged. In training, `DataError` for a mini-batch of one sample.
+    cannot be merged. In training, from the second experience on, `DataError` for a mini-batch of one sample.
     """
 
     method: ExtendedKroneckerLaplace
@@ -112,6 +113,11 @@ class XKFACPlugin(PenaltyPlugin):
                 samples=size,
                 batches=self._collated(dataset, chosen, strategy.device),
                 forward=forward,
+            )
+        if self.record_batch_size == 1 and self.method.normalises(strategy.model):
+            self.method.abandon()
+            raise ConfigurationError(
+                "record_batch_size=1: factors are made of mini-batches with BatchNorm, give 2 or more"
             )
 
     def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:

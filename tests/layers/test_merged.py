@@ -65,8 +65,8 @@ def test_weights_are_those_of_torchs_fusion(kind, bias, affine, dtype):
     tolerance = {"rtol": 1e-12, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(unit.tensors(), (fused.weight.data, fused.bias.data), **tolerance)
     groups, matrix = getattr(layer, "groups", 1), unit.weights()
-    columns = [fused.weight.flatten(1), fused.bias[:, None]]
-    torch.testing.assert_close(matrix.flatten(0, 1), torch.cat(columns, dim=1).detach(), **tolerance)
+    columns = torch.cat([fused.weight.flatten(1), fused.bias[:, None]], dim=1).detach()
+    torch.testing.assert_close(matrix.flatten(0, 1), columns, **tolerance)
     assert (matrix.requires_grad, unit.blocks, matrix.shape) == (False, groups, (groups, unit.out, unit.features))
     assert {id(p) for p in unit.parameters} == {id(p) for p in (*layer.parameters(), *norm.parameters())}
 
@@ -167,8 +167,7 @@ def test_rows_and_output_rows_are_those_of_the_matrix(kind, bias):
     assert rows.shape[::2] == (unit.blocks, unit.features)
     assert bool((rows[:, :, -1] == 1).all())
     torch.testing.assert_close(rows @ unit.weights().mT, unit.output_rows(y))
-    weight, shift = (tensor.detach().requires_grad_() for tensor in unit.tensors())
-    delta = torch.randn_like(y)
+    (weight, shift), delta = (tensor.detach().requires_grad_() for tensor in unit.tensors()), torch.randn_like(y)
     gradients = torch.autograd.grad(operation(x, weight, shift), (weight, shift), delta)
     found = unit.output_rows(delta).mT @ rows
     torch.testing.assert_close(found[:, :, :-1].reshape(weight.shape), gradients[0])
@@ -209,7 +208,8 @@ def state_of(model):
 
 
 def moved(model, before):
-    return [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+    after = model.state_dict()
+    return [key for key, value in before.items() if key not in after or not torch.equal(value, after[key])]
 
 
 def test_watch_entering():
