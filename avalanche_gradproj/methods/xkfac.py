@@ -113,6 +113,7 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
             seed=seed,
         )
         self.adaptive, self.reparameterise, self.inter_example = adaptive, reparameterise, inter_example
+        self.batchnorm = batchnorm
         self._plan = BatchNormPlan(batchnorm, pairs, unpaired, include, exclude)
         self._moved_for = 0  # experiences learned when coordinates last changed
         self._balance = Balance()
@@ -202,8 +203,9 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
             return loss
         penalty = self.penalty()
         share = 1.0 / (self.experiences + 1) if self.balanced else 1.0
-        of_loss, of_penalty = self._balance.scales(loss * share, penalty * share) if self.adaptive else (1.0, 1.0)
-        return of_loss * share * loss + of_penalty * share * penalty
+        loss, penalty = loss * share, penalty * share
+        of_loss, of_penalty = self._balance.scales(loss, penalty) if self.adaptive else (1.0, 1.0)
+        return of_loss * loss + of_penalty * penalty
 
     def consolidate(self, model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
         """Take the curvature of the experience just learned; see `KroneckerLaplace.consolidate`.
