@@ -139,6 +139,7 @@ def test_unpaired(how, name, why):
     assert re.search(why, found.unpaired[name])
     assert found.found.keys() | found.unpaired.keys() == {"norm", "other"}
     assert not found.found.keys() & found.unpaired.keys()
+    assert found.unseen == {key for key, reason in found.unpaired.items() if "did not call it" in reason}
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0], ids=["as initialised", "zero scale"])
@@ -163,11 +164,11 @@ def test_no_running_statistics():
     assert "no running statistics" in found.unpaired["norm"]
 
 
-def test_dropout_and_identity_between_are_nothing_in_evaluation():
+def test_dropout_and_identity_are_nothing_in_evaluation():
     for module in (nn.Dropout(0.5), nn.Dropout(0.5, inplace=True), nn.Identity()):
         model = Net(lambda m, x: m.head(m.norm(m.between(m.first(x)))), between=module)
         assert look(model, X).found == {"norm": "first"}
-    model = Net(lambda m, x: m.head(F.dropout(m.norm(m.first(x)), 0.5, m.training)))
+    model = Net(lambda m, x: m.head(F.dropout(m.norm(m.first(x)), 0.5)))  # in evaluation too
     assert look(model, X).found == {"norm": "first"}
 
 
