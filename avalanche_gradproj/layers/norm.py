@@ -30,25 +30,27 @@ def untracked_norms(model: nn.Module) -> list[str]:
 def held_statistics(model: nn.Module, norms: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Normalise with the running statistics, and leave them as they are, also in training.
 
-    The layers are put into evaluation mode and given the model's mode at the end, also after an exception.
+    The layers are put into evaluation mode and given back their mode at the end, also after an exception (or the
+    model's, if that was changed meanwhile).
 
     Args:
         model: a model in training mode; layers already in evaluation mode stay in it.
-        norms: those of its layers; default all that keep statistics.
+        norms: those of its layers, in whatever mode; default all in training mode that keep statistics.
     """
-    held = [norm for norm in (tracked_norms(model).values() if norms is None else norms) if norm.training]
+    held = list(norms) if norms is not None else [norm for norm in tracked_norms(model).values() if norm.training]
     with ExitStack() as stack:
         for module in held:
+            stack.callback(_back, module, module.training, model, model.training)
             module.eval()
-            # Not back into training mode where the whole model was taken out of it meanwhile.
-            stack.callback(_back, module, model)
             # Whoever calls model.train() in between would thaw them.
             stack.callback(module.register_forward_pre_hook(_evaluate).remove)
         yield
 
 
-def _back(module: nn.Module, model: nn.Module) -> None:
-    module.train(module is model or model.training)
+def _back(module: nn.Module, training: bool, model: nn.Module, model_training: bool) -> None:
+    """Give a layer its mode, or that of the model where the model's was changed meanwhile."""
+    changed = module is not model and model.training != model_training
+    module.train(model.training if changed else training)
 
 
 def _evaluate(module: nn.Module, args: Any) -> None:

@@ -78,6 +78,8 @@ def find_pairs(
         _check_names(given, by_name, norms, unpaired)
         found = dict(given)
         unpaired.update({name: "it is not among the pairs given" for name in norms if name not in found})
+    for name in [name for name in found if name not in norms]:
+        del found[name]  # given, and without statistics
     for name, layer in list(found.items()):
         outputs = by_name[layer].blocks * by_name[layer].out
         if norms[name].num_features != outputs:
@@ -170,7 +172,9 @@ def _disagreeing(
     maps = {}
     for name in found:
         channels = norms[name].num_features
-        maps[name] = torch.rand(channels, generator=generator) + 0.5, torch.randn(channels, generator=generator)
+        signs = torch.randint(2, (channels,), generator=generator) * 2 - 1  # maxima commute with positive scales
+        scale = (torch.rand(channels, generator=generator) + 0.5) * signs
+        maps[name] = scale, torch.randn(channels, generator=generator)
 
     def outputs(merged: Sequence[str]) -> list[Tensor]:
         with ExitStack() as stack:

@@ -38,7 +38,7 @@ class Balance:
         # A step that went wrong, and that its optimizer may skip, leaves no trace.
         held = torch.zeros_like(present) if self._means is None else self._means
         moved = present if self._means is None else torch.lerp(present, held, self._keep)
-        self._means = torch.where(torch.isfinite(present), moved, held)
+        self._means = torch.where(torch.isfinite(present).all(), moved, held)
         total = self._means.sum()
         shares = torch.where(total > 0, 2.0 * self._means / total, 1.0)
         return shares[0], shares[1]

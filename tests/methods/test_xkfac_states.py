@@ -158,11 +158,10 @@ def test_a_step_that_is_not_finite_leaves_no_trace_in_the_scales():
         assert all(torch.isfinite(scale) for scale in found)
         if step in (0, 3):
             expected = plain.scales(torch.tensor(loss), torch.tensor(penalty))
-    # Each term's mean misses the steps in which it was not finite, and has the others.
-    of_loss = 0.95 * (0.95 * 1.0 + 0.05 * 2.0) + 0.05 * 1.5
-    of_penalty = 0.95 * 0.2 + 0.05 * 0.4
+    # A step in which either term was not finite is missing from both means.
+    of_loss, of_penalty = 0.95 * 1.0 + 0.05 * 1.5, 0.95 * 0.2 + 0.05 * 0.4
     assert found[0].item() == pytest.approx(2 * of_loss / (of_loss + of_penalty))
-    assert found[0].item() != pytest.approx(expected[0].item(), rel=1e-4)
+    assert found[0].item() == pytest.approx(expected[0].item())
     assert [scale.item() for scale in Balance().scales(torch.tensor(-2.0), torch.tensor(2.0))] == [1.0, 1.0]
     assert [scale.item() for scale in Balance().scales(torch.tensor(0.0), torch.tensor(0.0))] == [1.0, 1.0]
 
@@ -276,6 +275,36 @@ def test_a_block_that_a_step_leaves_out_has_its_running_statistics():
         xkfac.penalty().backward()
     assert torch.isfinite(model.block.weight.grad).all()
     torch.testing.assert_close(model.block.weight.grad, torch.zeros(4, 4), rtol=0, atol=1e-12)  # at its centre
+
+
+def test_held_batch_norms_are_held_whatever_mode_training_begins_in():
+    model, xkfac = network(), ExtendedKroneckerLaplace(batchnorm="freeze")
+    train(xkfac, model, 0)
+    before = model[1].running_mean.clone()
+    model.eval()
+    with xkfac.experience(model, samples=N, batches=batches(1)):
+        model.train()
+        model(batches(1)[0][0] + 3.0)
+    assert torch.equal(model[1].running_mean, before)
+
+
+def test_a_given_pair_that_keeps_no_statistics_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, 3))
+    with pytest.raises(ConfigurationError, match=r"BatchNorm '1' and layer '0'.*no running statistics"):
+        ExtendedKroneckerLaplace(pairs={"1": "0"}).start(model, samples=N, batches=batches())
+
+
+def test_maximum_pooling_between_layer_and_batch_norm_is_no_pair():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.out = nn.Conv1d(1, 3, 1), nn.BatchNorm1d(3), nn.Linear(6, CLASSES)
+
+        def forward(self, x):
+            return self.out(self.norm(F.max_pool1d(self.conv(x[:, None]), 2)).flatten(1))
+
+    with pytest.raises(ConfigurationError, match="'norm' and layer 'conv'"):
+        ExtendedKroneckerLaplace(pairs={"norm": "conv"}).start(Pooled(), samples=N, batches=batches())
 
 
 def test_what_cannot_work_is_refused_before_training():
