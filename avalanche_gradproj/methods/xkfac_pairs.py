@@ -79,9 +79,10 @@ class BatchNormPlan:
         before = self.found or {}
         for name, layer in before.items():
             if name in norms and name not in pairs.unseen and pairs.found.get(name) != layer:
+                now = pairs.unpaired.get(name, f"it stands behind layer {pairs.found.get(name)!r}")
                 raise ModelError(
-                    f"BatchNorm {name!r} was merged with layer {layer!r}, and now {pairs.unpaired.get(name)}: what was "
-                    "learned is about the two together; use the model as it was"
+                    f"BatchNorm {name!r} was merged with layer {layer!r}, and now {now}: what was learned is about the "
+                    "two together; use the model as it was"
                 )
         # Of one that the model did not call nothing is known, and nothing changes.
         lonely = {

@@ -108,7 +108,7 @@ def test_a_layer_that_changes_sides_is_refused():
     model, xkfac = Turning(), ExtendedKroneckerLaplace()
     train(xkfac, model, 0)
     model.turned = True
-    with pytest.raises(ModelError, match=r"'norm' was merged with layer 'a'"):
+    with pytest.raises(ModelError, match=r"'norm' was merged with layer 'a', and now it stands behind layer 'b'"):
         xkfac.start(model, samples=N, batches=batches(1))
 
 
@@ -313,6 +313,24 @@ def test_what_cannot_work_is_refused_before_training():
     ExtendedKroneckerLaplace(n_samples=1, batchnorm="freeze").start(network(), samples=N, batches=batches())
     with pytest.raises(StateError, match="outside of an experience"):
         ExtendedKroneckerLaplace().objective(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("mask", [-1000.0, -1e11, float("-inf")])
+def test_masked_logits_hide_no_skip_connection(mask):
+    """Also where most of them are masked, by large numbers."""
+
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm, self.out = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, CLASSES)
+
+        def forward(self, x):
+            h = self.layer(x)
+            logits = self.out(torch.relu(self.norm(h)) + h)
+            return torch.cat([torch.full_like(logits[:, :2], mask), logits[:, 2:]], 1)
+
+    with pytest.raises(ModelError, match=r"BatchNorm 'norm'.*used elsewhere"):
+        ExtendedKroneckerLaplace().start(Skip(), samples=N, batches=batches())
 
 
 def test_functional_dropout_hides_no_pair():
