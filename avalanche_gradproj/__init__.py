@@ -12,13 +12,14 @@ from avalanche_gradproj.errors import (
 )
 from avalanche_gradproj.plugins import (
     GPMPlugin,
+    HALRPPlugin,
     InMemoryDataPlugin,
     KFACLaplacePlugin,
     LOGDPlugin,
     OGDPlugin,
     XKFACPlugin,
 )
-from avalanche_gradproj.strategies import GPM, LOGD, OGD, XKFAC, KFACLaplace
+from avalanche_gradproj.strategies import GPM, HALRP, LOGD, OGD, XKFAC, KFACLaplace
 
 try:
     __version__ = version("avalanche-gradproj")
@@ -27,6 +28,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 __all__ = [
     "GPM",
+    "HALRP",
     "LOGD",
     "OGD",
     "XKFAC",
@@ -34,6 +36,7 @@ __all__ = [
     "DataError",
     "GPMPlugin",
     "GradProjError",
+    "HALRPPlugin",
     "InMemoryDataPlugin",
     "KFACLaplace",
     "KFACLaplacePlugin",

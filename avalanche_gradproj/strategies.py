@@ -9,6 +9,7 @@ from typing import Any
 from avalanche.training.templates import SupervisedTemplate
 
 from avalanche_gradproj.plugins.gpm import GPMPlugin
+from avalanche_gradproj.plugins.halrp import HALRPPlugin
 from avalanche_gradproj.plugins.kfac import KFACLaplacePlugin
 from avalanche_gradproj.plugins.logd import LOGDPlugin
 from avalanche_gradproj.plugins.ogd import OGDPlugin
@@ -102,3 +103,14 @@ class XKFAC(SupervisedTemplate):
 
     plugin: XKFACPlugin
     __init__ = strategy_constructor(XKFACPlugin)
+
+
+class HALRP(SupervisedTemplate):
+    """Hessian-aware low-rank perturbations (arXiv 2311.15161) as a strategy.
+
+    Takes the arguments of Avalanche's `SupervisedTemplate` and those of `HALRPPlugin`; `strategy.plugin` is the plugin.
+    `eval_mb_size=None` means `train_mb_size`.
+    """
+
+    plugin: HALRPPlugin
+    __init__ = strategy_constructor(HALRPPlugin)

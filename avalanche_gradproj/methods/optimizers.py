@@ -74,3 +74,31 @@ def momentum_of(optimizer: Optimizer, parameter: nn.Parameter) -> torch.Tensor |
     """Return the momentum buffer of a parameter, None where there is none."""
     state: dict[str, Any] = optimizer.state.get(parameter, {})
     return state.get("momentum_buffer")
+
+
+def adopt(optimizer: Optimizer, parameter: nn.Parameter, like: nn.Parameter | None) -> None:
+    """Let an optimizer train a parameter, in the group of another one; nothing is done if it does already.
+
+    Args:
+        optimizer: its groups are changed in place.
+        parameter: the new one; the optimizer remembers nothing of it.
+        like: the one whose group it joins; None, or one that the optimizer does not have, for the first group.
+    """
+    groups = optimizer.param_groups
+    owners = {id(own): index for index, group in enumerate(groups) for own in group["params"]}
+    if id(parameter) not in owners:
+        groups[0 if like is None else owners.get(id(like), 0)]["params"].append(parameter)
+
+
+def dismiss(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Take parameters, and what is remembered of them, out of an optimizer; those that it does not have are ignored."""
+    gone = {id(parameter): parameter for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"][:] = [own for own in group["params"] if id(own) not in gone]
+    forget(optimizer, gone.values())
+
+
+def forget(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Drop what an optimizer remembers of parameters (momentum, moments)."""
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)

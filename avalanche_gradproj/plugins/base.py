@@ -77,7 +77,7 @@ class MethodPlugin(SupervisedPlugin):
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Start the method on the adapted model and the refreshed optimizer."""
         needed = self.method.required_samples()
-        size = len(_whole(strategy.experience).dataset)
+        size = len(whole_experience(strategy.experience).dataset)
         if needed is not None and size < needed:
             argument = self.method.samples_argument
             raise DataError(
@@ -114,7 +114,7 @@ class MethodPlugin(SupervisedPlugin):
             if not (experience.is_last_subexp or self._pieces == experience.sub_stream_length):
                 return
             self._pieces = 0
-        dataset = _whole(experience).dataset.eval()
+        dataset = whole_experience(experience).dataset.eval()
         with own_forward(strategy) as forward:
             self.method.consolidate(strategy.model, self._batches(dataset, strategy.device), forward=forward)
 
@@ -190,7 +190,7 @@ def _is_piece(experience: Any) -> bool:
     return isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries
 
 
-def _whole(experience: Any) -> Any:
+def whole_experience(experience: Any) -> Any:
     """Return the experience that an online piece was cut from, or the experience itself."""
     return experience.origin_experience if _is_piece(experience) else experience
 

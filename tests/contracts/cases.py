@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from avalanche_gradproj import GPMPlugin, KFACLaplacePlugin, LOGDPlugin, OGDPlugin, XKFACPlugin
+from avalanche_gradproj import GPMPlugin, HALRPPlugin, KFACLaplacePlugin, LOGDPlugin, OGDPlugin, XKFACPlugin
 from avalanche_gradproj.testing import MethodCase
+from avalanche_gradproj.testing.cases import stream
 
 _BAD_GPM = [
     (lambda: GPMPlugin(threshold=1.5), "threshold=1.5"),
@@ -115,6 +116,30 @@ def _xkfac(*args, **kwargs):
     return lambda: XKFACPlugin(*args, **kwargs)
 
 
+_BAD_HALRP = [
+    (lambda: HALRPPlugin(warmup_epochs=0), "warmup_epochs=0"),
+    (lambda: HALRPPlugin(warmup_epochs=1.5), "warmup_epochs=1.5"),
+    (lambda: HALRPPlugin(approximation_rate=0.0), "approximation_rate=0.0"),
+    (lambda: HALRPPlugin(approximation_rate=1.1), "approximation_rate=1.1"),
+    (lambda: HALRPPlugin(max_rank=0), "max_rank=0"),
+    (lambda: HALRPPlugin(l1=-1e-4), "l1=-0.0001"),
+    (lambda: HALRPPlugin(weight_decay=float("nan")), "weight_decay=nan"),
+    (lambda: HALRPPlugin(max_growth=-0.1), "max_growth=-0.1"),
+    (lambda: HALRPPlugin(prune_threshold=-1.0), "prune_threshold=-1.0"),
+    (lambda: HALRPPlugin(prune="none"), "prune='none'"),
+    (lambda: HALRPPlugin(importance=None), "importance=None"),
+    (lambda: HALRPPlugin(head=3), "head=3"),
+    (lambda: HALRPPlugin(unseen="guess"), "unseen='guess'"),
+    (lambda: HALRPPlugin(seed=-1), "seed=-1"),
+    (lambda: HALRPPlugin(record_batch_size=0), "record_batch_size=0"),
+]
+
+
+def _halrp(**kwargs):
+    settings = {"max_growth": 3.0, **kwargs}
+    return lambda: HALRPPlugin(**settings)
+
+
 CASES = [
     MethodCase("gpm", _gpm(), neutral=_gpm(threshold=0), bad_arguments=_BAD_GPM),
     MethodCase("gpm-heads", _gpm(), neutral=_gpm(threshold=0), task_incremental=True),
@@ -155,4 +180,17 @@ CASES = [
     MethodCase("xkfac-track", _xkfac(2.0, batchnorm="track", fisher="exact", truncate=0.9), neutral=_xkfac(0.0)),
     MethodCase("xkfac-single", _xkfac(inter_example=False, reparameterise=False, fisher="empirical")),
     MethodCase("kfac-empirical", _kfac(2.0, fisher="empirical", truncate=0.9, n_samples=20)),
+    MethodCase("halrp", _halrp(), bad_arguments=_BAD_HALRP, task_incremental=True),
+    MethodCase(
+        "halrp-adam",
+        _halrp(
+            prune="all",
+            max_growth=1.8,
+            warmup_epochs=2,
+            importance=stream(task_labels=True).test_stream,
+            exclude=["body.scale"],
+        ),
+        optimizer=lambda p: torch.optim.Adam(p, lr=0.01),
+        task_incremental=True,
+    ),
 ]
