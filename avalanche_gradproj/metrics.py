@@ -116,6 +116,19 @@ def stray_metrics() -> LayerMetric:
     return LayerMetric("Stray", _attribute("stray"))
 
 
+def growth_metrics() -> list[LayerMetric]:
+    """Numbers that tasks have added over those of the model as it was given, in all and by each; ranks of the last."""
+
+    def growth(core: Any) -> Mapping[str, float]:
+        ledger = getattr(core, "ledger", None)
+        if ledger is None:
+            return {}
+        by_task = {f"of_Task{label:03d}": one.numbers / ledger.base for label, one in ledger.records.items()}
+        return {"all": ledger.growth, **by_task}
+
+    return [LayerMetric("Growth", growth), LayerMetric("PerturbationRank", _attribute("ranks"))]
+
+
 def memory_metrics() -> LayerMetric:
     """Bytes that the method holds between experiences; of penalties also what each experience added."""
     return LayerMetric("BytesHeld", _bytes)

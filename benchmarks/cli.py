@@ -1,4 +1,4 @@
-"""The command line: `list`, `run`, `compare`, `speed`.
+"""The command line: `list`, `run`, `compare`, `spread`, `speed`.
 
 Whatever the user gets wrong ends in one line on standard error and exit code 2, before anything is trained or
 overwritten. Exit code 1 means that a run failed, 130 that the user interrupted.
@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from benchmarks.settings import InputError, parse_assignments, values
 
 _BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
-_ALL_METHODS = "naive,ewc,replay,gem,agem,gpm,ogd,logd,kfac,xkfac,joint"
+_ALL_METHODS = "naive,ewc,replay,gem,agem,gpm,ogd,logd,kfac,xkfac,halrp,joint"
 
 Data = Annotated[
     list[str] | None,
@@ -159,7 +159,10 @@ def run(
 def compare(
     protocols: Annotated[list[str], typer.Argument(help="Names of protocols; see `list`.")],
     *,
-    methods: Annotated[str, typer.Option(help="Names of methods, separated by commas.")] = _ALL_METHODS,
+    methods: Annotated[
+        str | None,
+        typer.Option(help=f"Names of methods, separated by commas; without it those that can run of {_ALL_METHODS}."),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
     data: Data = None,
     device: Device = "cpu",
@@ -171,10 +174,13 @@ def compare(
     from benchmarks import report
     from benchmarks.progress import Bars
 
-    names = tuple(name.strip() for name in methods.split(","))
+    names = None if methods is None else _names(methods)
     request = _request(tuple(protocols), names, _seeds(seeds), data=data, device=device, assignments=set_, out=out)
     outcome = comparison.Outcome()
     jobs = comparison.prepare(request)
+    for name in request.protocols:
+        for method, reason in request.left_out(name).items():
+            typer.echo(f"left out on {name}: {method}: {reason}", err=True)
     with _interruptible(out), Bars(len(jobs)) as bars:
         comparison.compare(request, jobs, bars, outcome)
     console = Console()
@@ -187,11 +193,31 @@ def compare(
 
 
 @app.command()
+def spread(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of runs that differ in task_order.")],
+    *,
+    methods: Annotated[str | None, typer.Option(help="Names of methods, separated by commas; all without it.")] = None,
+) -> None:
+    """Show how much the final accuracy of a task depends on the order of the tasks."""
+    from benchmarks import spread as over_orders
+
+    found = over_orders.spreads(over_orders.read(folders), None if methods is None else _names(methods))
+    console = Console()
+    console.print(over_orders.table(found))
+    console.print(over_orders.EXPLANATION, highlight=False)
+
+
+@app.command()
 def speed() -> None:
     """Measure what the methods add to a training step."""
     from benchmarks import speed as measurements
 
     measurements.main()
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Read a comma-separated list of names."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -204,7 +230,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 def _request(
     protocols: tuple[str, ...],
-    methods: tuple[str, ...],
+    methods: tuple[str, ...] | None,
     seeds: tuple[int, ...],
     *,
     data: list[str] | None,
@@ -212,18 +238,23 @@ def _request(
     assignments: list[str] | None,
     out: Path,
 ) -> Any:
-    """Put the arguments into a request; the command line is rebuilt from them, as a reader would type it."""
+    """Put the arguments into a request; the command line is rebuilt from them, as a reader would type it.
+
+    Without methods all are taken that can run.
+    """
     from benchmarks.compare import Request, parse_data
     from benchmarks.resources import check_device
 
-    words = ["python", "-m", "benchmarks", "compare", *protocols, "--methods", ",".join(methods)]
+    words = ["python", "-m", "benchmarks", "compare", *protocols]
+    words += [] if methods is None else ["--methods", ",".join(methods)]
     words += ["--seeds", ",".join(str(seed) for seed in seeds)]
     words += [word for text in data or () for word in ("--data", text)]
     words += ["--device", device] if device != "cpu" else []
     words += [word for text in assignments or () for word in ("--set", text)]
     return Request(
         protocols=protocols,
-        methods=methods,
+        methods=_names(_ALL_METHODS) if methods is None else methods,
+        every=methods is None,
         seeds=seeds,
         data=parse_data(data or ()),
         device=check_device(device),

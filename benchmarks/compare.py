@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.jobs import Job, change_tag, combined_tag, load_data, make_job
+from benchmarks.jobs import Job, change_tag, combined_tag, load_data, make_job, unsuited
 from benchmarks.methods import find_method
 from benchmarks.models import build_model
 from benchmarks.progress import Bars
@@ -37,6 +37,7 @@ class Request:
     Attributes:
         protocols: their names.
         methods: their names.
+        every: the methods are all there are, not a choice: those that do not suit a protocol are left out.
         seeds: one run each.
         data: protocol name to the user's file; the key "" stands for every protocol that needs one.
         device: where to train.
@@ -53,6 +54,11 @@ class Request:
     assignments: Mapping[str, str]
     out: Path
     command: str
+    every: bool = False
+
+    def left_out(self, protocol: str) -> dict[str, str]:
+        """Methods that are not run on a protocol, and why."""
+        return unsuited(protocol, self.methods, self.assignments) if self.every else {}
 
 
 @dataclass
@@ -125,6 +131,7 @@ def plan(request: Request) -> list[Job]:
         for protocol in request.protocols
         for seed in request.seeds
         for method in request.methods
+        if method not in request.left_out(protocol)
     ]
 
 
@@ -208,8 +215,9 @@ def check_method(job: Job, stream: Stream) -> None:
     Raises:
         InputError: if the method refuses the network, its settings or the data.
     """
-    from avalanche_gradproj import GradProjError
+    from avalanche_gradproj import GradProjError, HALRPPlugin
     from avalanche_gradproj.plugins.base import GradientTransformPlugin, task_heads
+    from avalanche_gradproj.plugins.task_model import head_names
 
     smallest = min(len(dataset) for dataset in stream.train)
     refused = find_method(job.method).refuse(job.settings, smallest, len(stream.train))
@@ -219,6 +227,9 @@ def check_method(job: Job, stream: Stream) -> None:
         with reproducible(job.seed):
             model = build_model(job.protocol.model, stream, job.protocol.hidden)
         for plugin in find_method(job.method).plugins(job.settings, job.seed):
+            if isinstance(plugin, HALRPPlugin):
+                plugin.wrap(model)
+                plugin.method.start(model, heads=head_names(model), remaining=len(stream.train))
             if not isinstance(plugin, GradientTransformPlugin):
                 continue
             plugin.method.start(model, None, heads=task_heads(model))
@@ -272,10 +283,12 @@ def one(job: Job, data: ImageData, out: Path, bars: Bars, outcome: Outcome, *, r
 
 def _write_table(request: Request, name: str, outcome: Outcome) -> None:
     """Write a protocol's table; changed settings get a table of their own."""
-    rows = report.rows(outcome.results[name], request.methods)
+    without = request.left_out(name)
+    methods = [method for method in request.methods if method not in without]
+    rows = report.rows(outcome.results[name], methods)
     outcome.tables[name] = rows
-    tags = {change_tag(find_protocol(name), method, request.assignments) for method in request.methods}
+    tags = {change_tag(find_protocol(name), method, request.assignments) for method in methods}
     tag = combined_tag(tags)
     failed = [f"{file}: {message}" for file, message in outcome.failures if file.startswith(f"{name}/")]
     path = request.out / name / f"table{tag}.md"
-    write_text(path, report.markdown(find_protocol(name), rows, request, failed))
+    write_text(path, report.markdown(find_protocol(name), rows, request, failed, without))

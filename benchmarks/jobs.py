@@ -14,9 +14,9 @@ import torch
 
 from benchmarks import sources
 from benchmarks.methods import find_method
-from benchmarks.protocols import resolve
+from benchmarks.protocols import PROTOCOLS, find_protocol, resolve
 from benchmarks.record import Protocol
-from benchmarks.settings import InputError, values
+from benchmarks.settings import InputError, settable, values
 
 _OPTIMIZERS = {"sgd": "SGD without momentum or weight decay", "adam": "Adam, its state kept between experiences"}
 
@@ -57,7 +57,8 @@ class Job:
             "split": protocol.split,
             "permutation_rule": protocol.permutation_rule if protocol.split == "permutations" else None,
             "draw_rule": protocol.draw_rule,
-            "outputs": protocol.outputs if protocol.split in ("classes", "superclasses") else None,
+            "outputs": protocol.outputs if protocol.task_labels else None,
+            "image_shape": list(protocol.image_shape) if protocol.image_shape else None,
             "normalisation": dataclasses.asdict(protocol.normalisation),
             "valid_share": protocol.valid_share,
             "valid_rule": protocol.valid_rule if protocol.valid_share else None,
@@ -123,11 +124,45 @@ def make_job(
         raise InputError(f"seed {seed} is out of range: expected 0 to {2**31 - 1}")
     protocol, settings, used = resolve(protocol_name, method_name, assignments)
     method = find_method(method_name)
+    reason = method.unsuited(settings, protocol)
+    if reason is not None:
+        raise InputError(f"{method_name} on {protocol_name}: {reason}{_where_it_runs(method_name, protocol_name)}")
     try:
         method.plugins(settings, seed)
     except ValueError as error:
         raise InputError(f"{method_name} refuses its settings: {' '.join(str(error).split())}") from error
     return Job(protocol, method_name, settings, seed, device, used)
+
+
+def unsuited(protocol_name: str, methods: Iterable[str], assignments: Mapping[str, str]) -> dict[str, str]:
+    """Find the methods that a protocol does not suit, for a comparison of all that it does.
+
+    Args:
+        protocol_name: the protocol.
+        methods: the methods' names.
+        assignments: what came with `--set`.
+
+    Returns:
+        Method to the reason; one whose own settings were changed is asked for, and left to `make_job` to refuse.
+    """
+    found = {}
+    for name in methods:
+        protocol, settings, _ = resolve(protocol_name, name, assignments)
+        reason = find_method(name).unsuited(settings, protocol)
+        if reason is not None and not set(settable(settings)) & set(assignments):
+            found[name] = reason
+    return found
+
+
+def _where_it_runs(method: str, protocol: str) -> str:
+    """Advice for a method that a protocol does not suit at all; none where it is the user's settings that do not."""
+    suited = [name for name in PROTOCOLS if _runs(method, name)]
+    return "" if protocol in suited else f"; choose one of {', '.join(suited)}"
+
+
+def _runs(method: str, protocol: str) -> bool:
+    record = find_protocol(protocol)
+    return find_method(method).unsuited(record.methods[method], record) is None
 
 
 def load_data(protocol: Protocol, path: Path | None) -> sources.ImageData:
@@ -147,8 +182,7 @@ def load_data(protocol: Protocol, path: Path | None) -> sources.ImageData:
         if path is not None:
             raise InputError(f"{protocol.name} brings its own images and takes no --data (got {str(path)!r})")
         return sources.read_digits()
-    if path is not None:
-        return sources.read_npz(path, protocol.expected)
-    if protocol.source == "npz":
+    if path is None and protocol.source == "npz":
         raise InputError(f"{protocol.name} needs your images: give them with --data FILE.npz")
-    return sources.download(protocol.source)
+    read = sources.download(protocol.source) if path is None else sources.read_npz(path, protocol.expected)
+    return read if protocol.image_shape is None else sources.fit_images(read, protocol.image_shape)

@@ -157,6 +157,33 @@ class XkfacSettings:
 
 
 @dataclass(frozen=True)
+class HalrpSettings:
+    """Hessian-aware low-rank perturbation.
+
+    Attributes:
+        warmup_epochs: epochs of a free copy before each experience after the first; they count among its epochs.
+        approximation_rate: share of the total score that the kept directions of all layers hold.
+        max_rank: most directions of a layer.
+        l1: weight of the absolute values of the low-rank factors in the loss.
+        weight_decay: weight of half the squared norm of what is trained in the loss.
+        max_growth: numbers that all experiences together may add, as a share of those of the base network.
+        prune_threshold: smaller values of the factors are set to zero, whatever the growth.
+        prune: factors that make room: the experience's `own`, or those of `all` experiences.
+        importance: the stream whose samples give the layers' importance: `train`, or `valid` where there is one.
+    """
+
+    warmup_epochs: int = setting(1, minimum=1)
+    approximation_rate: float = setting(0.9, above=0, maximum=1)
+    max_rank: int = setting(100, minimum=1)
+    l1: float = setting(1e-4, minimum=0)
+    weight_decay: float = setting(1e-4, minimum=0)
+    max_growth: float = setting(0.2, above=0)
+    prune_threshold: float = setting(1e-5, minimum=0)
+    prune: Literal["own", "all"] = setting("own")
+    importance: Literal["train", "valid"] = setting("train")
+
+
+@dataclass(frozen=True)
 class GemSettings:
     """Gradient episodic memory, as Avalanche has it.
 

@@ -16,6 +16,7 @@ from benchmarks.method_settings import (
     EwcSettings,
     GemSettings,
     GpmSettings,
+    HalrpSettings,
     KfacSettings,
     LogdSettings,
     NoSettings,
@@ -23,6 +24,7 @@ from benchmarks.method_settings import (
     ReplaySettings,
     XkfacSettings,
 )
+from benchmarks.record import Protocol
 from benchmarks.settings import unknown
 
 
@@ -30,6 +32,18 @@ def _fits(settings: Any, smallest: int, experiences: int) -> str | None:
     """Refuse nothing."""
     del settings, smallest, experiences
     return None
+
+
+def _suits(settings: Any, protocol: Protocol) -> str | None:
+    """Refuse no protocol."""
+    del settings, protocol
+    return None
+
+
+def _no_epochs(settings: Any) -> int:
+    """Train no epochs besides those of the strategy."""
+    del settings
+    return 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,9 @@ class Method:
         joint: train once on all experiences together, as an upper bound.
         refuse: says what of the settings does not fit a stream, given the samples of its smallest experience and the
             number of experiences; for plugins that do not find out themselves before training.
+        unsuited: says why a protocol cannot be run with the settings, whatever the data; None where it can.
+        own_epochs: epochs that the plugin itself trains at the start of each experience after the first; they count
+            among the experience's epochs, so that the strategy trains as many fewer.
     """
 
     name: str
@@ -52,6 +69,8 @@ class Method:
     plugins: Callable[[Any, int], list[Any]]
     joint: bool = False
     refuse: Callable[[Any, int, int], str | None] = _fits
+    unsuited: Callable[[Any, Protocol], str | None] = _suits
+    own_epochs: Callable[[Any], int] = _no_epochs
 
 
 def _no_plugins(settings: NoSettings, seed: int) -> list[Any]:
@@ -164,6 +183,42 @@ def _xkfac(settings: XkfacSettings, seed: int) -> list[Any]:
     ]
 
 
+def _halrp(settings: HalrpSettings, seed: int) -> list[Any]:
+    """This package's HALRP."""
+    from avalanche_gradproj import HALRPPlugin
+
+    return [
+        HALRPPlugin(
+            warmup_epochs=settings.warmup_epochs,
+            approximation_rate=settings.approximation_rate,
+            max_rank=settings.max_rank,
+            l1=settings.l1,
+            weight_decay=settings.weight_decay,
+            max_growth=settings.max_growth,
+            prune_threshold=settings.prune_threshold,
+            prune=settings.prune,
+            importance=settings.importance,
+            # After each experience every test experience is evaluated, also those whose task is still to come.
+            unseen="base",
+            seed=seed,
+        )
+    ]
+
+
+def _unsuited_halrp(settings: HalrpSettings, protocol: Protocol) -> str | None:
+    if not protocol.task_labels:
+        return "one output layer is shared by all experiences and there are no task labels, which halrp needs"
+    if settings.importance == "valid" and not protocol.valid_share:
+        return "importance=valid: there are no validation samples; expected importance=train"
+    left = protocol.epochs - settings.warmup_epochs
+    if left < 1:
+        return (
+            f"warmup_epochs={settings.warmup_epochs}: they count among the {protocol.epochs} epochs of an experience; "
+            f"expected fewer than epochs={protocol.epochs}"
+        )
+    return None
+
+
 def _gem(settings: GemSettings, seed: int) -> list[Any]:
     """Avalanche's GEM."""
     from avalanche.training.plugins import GEMPlugin
@@ -214,6 +269,14 @@ METHODS: dict[str, Method] = {
         Method("kfac-unmerged", "XK-FAC without merging and without the term across samples", XkfacSettings, _xkfac),
         Method("kfac-merged", "XK-FAC without the term across samples", XkfacSettings, _xkfac),
         Method("kfac-fixed-bn", "K-FAC with BatchNorm fixed after the first experience", XkfacSettings, _xkfac),
+        Method(
+            "halrp",
+            "Hessian-aware low-rank perturbation (needs task labels)",
+            HalrpSettings,
+            _halrp,
+            unsuited=_unsuited_halrp,
+            own_epochs=lambda settings: settings.warmup_epochs,
+        ),
         Method("logd", "layerwise optimization by gradient decomposition", LogdSettings, _logd),
     )
 }

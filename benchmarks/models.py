@@ -1,21 +1,21 @@
-"""The networks of the protocols: multilayer perceptrons, the AlexNet and the LeNet of the GPM family, a ResNet.
+"""The networks of the protocols: multilayer perceptrons, AlexNet and LeNet of the GPM family, HALRP's LeNet, a ResNet.
 
 In the networks of the GPM family no layer has a bias. Task-incremental streams get a `MultiHead` model: one trunk and
-one bias-free head a task, all heads made at the start so that every test experience can be evaluated at any time and
-the initial weights depend on the seed alone; or one output layer with the units of other tasks masked
-(`MaskedOutputs`).
+one head a task (with a bias where the trunk has them), all heads made at the start so that every test experience can be
+evaluated at any time and the initial weights depend on the seed alone; or one output layer with the units of other
+tasks masked (`MaskedOutputs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
-from avalanche.models import MultiHeadClassifier, MultiTaskModule, SlimResNet18
-from torch import Tensor, nn
+from avalanche.models import SlimResNet18
+from torch import nn
 
+from benchmarks.heads import MaskedOutputs, MultiHead, TaskHeads
 from benchmarks.settings import InputError, unknown
 from benchmarks.streams import Stream
 
@@ -24,127 +24,6 @@ _ALEXNET_UNITS = (1024, 2048, 2048)
 _LENET_CHANNELS = ((3, 20), (20, 50))
 _LENET_UNITS = (3200, 800, 500)
 _RESNET_FILTERS = 20
-
-#: The logit of a class of another task.
-MASKED = -1e11
-
-
-class BiasFreeHeads(MultiHeadClassifier):
-    """Avalanche's multi-head classifier without biases and with all heads there from the start.
-
-    Args:
-        in_features: width of the trunk's output.
-        n_outputs: units of each head; no experience may have more classes.
-        n_heads: number of heads, for the task labels 0 .. n_heads - 1.
-    """
-
-    def __init__(self, in_features: int, n_outputs: int, n_heads: int) -> None:
-        # Masking would hide units of classes not seen yet; here every unit belongs to its task from the
-        # start.
-        super().__init__(in_features, initial_out_features=n_outputs, masking=False)
-        head_type = type(self.classifiers["0"])
-        for task in range(1, n_heads):
-            self.classifiers[str(task)] = head_type(in_features, n_outputs, masking=False, auto_adapt=False)
-            self.register_buffer(f"active_units_T{task}", torch.zeros(n_outputs, dtype=torch.int8))
-        for head in self.classifiers.values():
-            head.classifier.bias = None
-
-    def adaptation(self, experience: Any) -> None:
-        """Check that the experience fits the heads that exist; nothing grows.
-
-        Args:
-            experience: the experience about to be trained or evaluated.
-
-        Raises:
-            ValueError: if the experience has a task or a class without a unit.
-        """
-        tasks, top = set(experience.task_labels), max(experience.classes_in_this_experience)
-        missing = sorted(task for task in tasks if str(task) not in self.classifiers)
-        if missing or top >= self.starting_out_features:
-            raise ValueError(
-                f"experience with tasks {sorted(tasks)} and labels up to {top} does not fit "
-                f"{len(self.classifiers)} heads of {self.starting_out_features} units"
-            )
-        super().adaptation(experience)
-
-
-class MultiHead(MultiTaskModule):
-    """A trunk shared by all tasks and a head for each.
-
-    Args:
-        trunk: maps images to features.
-        heads: maps features and task labels to logits.
-    """
-
-    def __init__(self, trunk: nn.Module, heads: BiasFreeHeads) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.heads = heads
-
-    def forward(self, x: Tensor, task_labels: Tensor | int | None = None) -> Any:
-        """Logits of each sample's own task, [batch, units].
-
-        The features are computed for the whole batch at once: with batch statistics (the AlexNet) it matters
-        which samples are normalised together.
-
-        Args:
-            x: images.
-            task_labels: one label a sample, or one for all; None asks for every task's logits.
-
-        Returns:
-            The logits, or a dict of them for None.
-        """
-        features = self.trunk(x)
-        if isinstance(task_labels, int):
-            return self.heads.forward_single_task(features, task_labels)
-        return self.heads(features, task_labels)
-
-    def forward_single_task(self, x: Tensor, task_label: int) -> Tensor:
-        """Logits of one task for all samples, [batch, units]."""
-        return self.heads.forward_single_task(self.trunk(x), task_label)
-
-
-class MaskedOutputs(MultiTaskModule):
-    """A network with one output layer in which only the units of the sample's own task count.
-
-    Args:
-        network: maps images to logits of all classes.
-        classes: units of each task.
-        n_outputs: units of the output layer.
-    """
-
-    def __init__(self, network: nn.Module, classes: Sequence[Sequence[int]], n_outputs: int) -> None:
-        super().__init__()
-        self.network = network
-        others = torch.ones(len(classes), n_outputs, dtype=torch.bool)
-        for task, own in enumerate(classes):
-            others[task, list(own)] = False
-        self.register_buffer("others", others)
-
-    def forward(self, x: Tensor, task_labels: Tensor | int | None = None) -> Any:
-        """Logits of all classes, [batch, n_outputs], those of other tasks at `MASKED`.
-
-        The whole batch passes at once: BatchNorm normalises what comes together.
-
-        Args:
-            x: images.
-            task_labels: one label a sample, or one for all; None asks for every task's logits.
-
-        Returns:
-            The logits, or a dict of them for None.
-        """
-        logits = self.network(x)
-        if task_labels is None:
-            return {task: _masked(logits, own) for task, own in enumerate(self.others)}
-        return _masked(logits, self.others[task_labels])
-
-    def forward_single_task(self, x: Tensor, task_label: int) -> Tensor:
-        """Logits with those of all tasks but one masked, [batch, n_outputs]."""
-        return _masked(self.network(x), self.others[task_label])
-
-
-def _masked(logits: Tensor, others: Tensor) -> Tensor:
-    return logits.masked_fill(others, max(MASKED, torch.finfo(logits.dtype).min))
 
 
 def _mlp_trunk(stream: Stream, hidden: int) -> nn.Sequential:
@@ -163,7 +42,7 @@ def _mlp(stream: Stream, hidden: int) -> nn.Module:
     """Two hidden layers of `hidden` units; the output layer is shared or one head a task."""
     trunk = _mlp_trunk(stream, hidden)
     if stream.n_heads:
-        return MultiHead(trunk, BiasFreeHeads(hidden, stream.n_outputs, stream.n_heads))
+        return MultiHead(trunk, TaskHeads(hidden, stream.n_outputs, stream.n_heads))
     return trunk.append(nn.Linear(hidden, stream.n_outputs, bias=False))
 
 
@@ -238,6 +117,26 @@ def _lenet(stream: Stream, hidden: int) -> nn.Module:
     return model
 
 
+def lenet_trunk() -> nn.Sequential:
+    """HALRP's LeNet: two convolutions and two wide layers with biases, BatchNorm, ReLU; PyTorch's own weights.
+
+    Maps images [n, 3, 32, 32] to features [n, 500].
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in _LENET_CHANNELS:
+        layers += [nn.Conv2d(inputs, outputs, 5, padding=2), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+    layers.append(nn.Flatten())
+    for inputs, outputs in pairwise(_LENET_UNITS):
+        layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def _lenet_batch_norm(stream: Stream, hidden: int) -> nn.Module:
+    """HALRP's LeNet with its heads, which have biases too."""
+    del hidden
+    return _image_network(lenet_trunk(), _LENET_UNITS[-1], stream, bias=True)
+
+
 def _mlp_batch_norm(stream: Stream, hidden: int) -> nn.Module:
     """Two hidden layers of `hidden` units, each with BatchNorm before its ReLU, and one output layer; with biases."""
     units = (torch.Size(stream.input_shape).numel(), hidden, hidden)
@@ -260,12 +159,12 @@ def _refuse_other_images(stream: Stream) -> None:
         raise InputError(f"this network takes images of [3, 32, 32]; the data has {list(stream.input_shape)}")
 
 
-def _image_network(trunk: nn.Sequential, features: int, stream: Stream) -> nn.Module:
+def _image_network(trunk: nn.Sequential, features: int, stream: Stream, *, bias: bool = False) -> nn.Module:
     """Put heads on a trunk made for 32 x 32 colour images."""
     _refuse_other_images(stream)
     if stream.n_heads:
-        return MultiHead(trunk, BiasFreeHeads(features, stream.n_outputs, stream.n_heads))
-    return trunk.append(nn.Linear(features, stream.n_outputs, bias=False))
+        return MultiHead(trunk, TaskHeads(features, stream.n_outputs, stream.n_heads, bias=bias))
+    return trunk.append(nn.Linear(features, stream.n_outputs, bias=bias))
 
 
 _BUILDERS: dict[str, Callable[[Stream, int], nn.Module]] = {
@@ -275,6 +174,7 @@ _BUILDERS: dict[str, Callable[[Stream, int], nn.Module]] = {
     "mlp-bn": _mlp_batch_norm,
     "alexnet": _alexnet,
     "lenet": _lenet,
+    "lenet-bn": _lenet_batch_norm,
     "slim-resnet18": _slim_resnet,
 }
 

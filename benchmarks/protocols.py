@@ -14,6 +14,7 @@ from benchmarks.protocol_records.curvature import DIGITS_BN, PMNIST_BN, PMNIST_K
 from benchmarks.protocol_records.digits import DIGITS_PERMUTED, DIGITS_SPLIT, NPZ_PERMUTED, NPZ_SPLIT
 from benchmarks.protocol_records.gpm import CIFAR100_GPM, CIFAR100_SUPERCLASS, PMNIST_GPM
 from benchmarks.protocol_records.gradients import CIFAR100_LOGD, PMNIST_LOGD, PMNIST_OGD, RMNIST_LOGD
+from benchmarks.protocol_records.halrp import CIFAR100_HALRP, CIFAR100_SUPERCLASS_HALRP, PMNIST_HALRP
 from benchmarks.record import Protocol
 from benchmarks.settings import apply, settable, unknown
 
@@ -32,6 +33,9 @@ PROTOCOLS: dict[str, Protocol] = {
         PMNIST_KFAC,
         PMNIST_BN,
         DIGITS_BN,
+        CIFAR100_HALRP,
+        CIFAR100_SUPERCLASS_HALRP,
+        PMNIST_HALRP,
         NPZ_SPLIT,
         NPZ_PERMUTED,
     )

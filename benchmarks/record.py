@@ -62,6 +62,10 @@ class Protocol:
         normalisation: pixels to floats.
         n_experiences: how many experiences, the first ones of the protocol's order.
         classes_per_experience: classes of each; 0 divides all classes evenly.
+        task_order: in which of `task_orders` the groups of classes come.
+        task_orders: for each name the groups of classes in the order in which they are learned; a group's number is
+            its place in label order (that of superclasses: in the order of their labels).
+        image_shape: channels, height and width that the images are brought to (`sources.fit_images`).
         hidden: units of the perceptron's hidden layers.
         epochs: epochs of an experience, at most.
         optimizer: `sgd` without momentum or weight decay, or `adam` with PyTorch's other defaults; its state lasts from
@@ -71,6 +75,8 @@ class Protocol:
         test_batch: samples of a test or validation batch.
         max_angle: degrees over which the rotations are spread.
         outputs: of a split by classes: a head a task, or one layer whose units of other tasks are masked.
+        permuted_heads: of permutations and rotations: a head a task and task labels, instead of one output layer and
+            task label 0 throughout.
         permutation_rule: whose permutations: those of GPM's code or those of GEM's.
         train_limit: at most so many training samples an experience; 0 takes all.
         draw_rule: which ones: the same in all experiences over the same images, or other ones in each.
@@ -79,6 +85,8 @@ class Protocol:
         patience: epochs without a better validation loss before the learning rate falls.
         lr_factor: what it is divided by.
         lr_min: below it the experience ends.
+        lr_decay: what the learning rate is multiplied by in the course of an epoch, a little in each iteration; it
+            starts anew in every experience.
         methods: hyper-parameters of each method.
         sources: where each figure is from.
         notes: what a reader of the results has to know.
@@ -93,6 +101,9 @@ class Protocol:
     normalisation: Normalisation
     n_experiences: int = setting(5, minimum=1)
     classes_per_experience: int | None = setting(None, minimum=0)
+    task_order: Literal["A", "B", "C", "D", "E"] | None = setting(None)
+    task_orders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    image_shape: tuple[int, int, int] | None = None
     hidden: int | None = setting(None, minimum=1)
     epochs: int = setting(1, minimum=1)
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -101,6 +112,7 @@ class Protocol:
     test_batch: int = setting(64, minimum=1)
     max_angle: float | None = setting(None, above=0, maximum=360)
     outputs: Literal["heads", "masked"] = "heads"
+    permuted_heads: bool = False
     permutation_rule: Literal["gpm", "gem"] = "gpm"
     train_limit: int = setting(0, minimum=0)
     draw_rule: Literal["same", "each"] = "same"
@@ -109,6 +121,19 @@ class Protocol:
     patience: int | None = setting(None, minimum=1)
     lr_factor: float | None = setting(None, above=1)
     lr_min: float | None = setting(None, above=0)
+    lr_decay: float | None = setting(None, above=0, maximum=1)
     methods: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def task_labels(self) -> bool:
+        """Whether the experiences have task labels of their own (task-incremental)."""
+        return self.split in ("classes", "superclasses") or self.permuted_heads
+
+    @property
+    def group_order(self) -> tuple[int, ...] | None:
+        """The group of classes of each experience, or None where there are no orders to choose from."""
+        if self.task_order is None:
+            return None
+        return self.task_orders[self.task_order][: self.n_experiences]

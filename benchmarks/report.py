@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -20,6 +21,7 @@ _COLUMNS = (
     ("training s", "train_seconds", 2),
     ("memory MB", "peak_memory_mb", 0),
 )
+_GROWTH = ("growth", "growth", 3)
 _MEMORY = {
     "resident_during_run": "peak resident memory of the process during the run",
     "resident_since_start": "peak resident memory of the process since it began",
@@ -58,12 +60,14 @@ class Row:
         seeds: how many runs it rests on.
         cells: one for each column.
         memory: what the memory column means; empty without runs.
+        growth: what the method added to the network, as a share of its numbers.
     """
 
     method: str
     seeds: int
     cells: tuple[Cell, ...]
     memory: str = ""
+    growth: Cell = Cell(None, None, _GROWTH[2])
 
 
 def rows(results: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[Row]:
@@ -81,8 +85,17 @@ def rows(results: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[R
         chosen = [result for result in results if result["method"] == method]
         cells = tuple(_cell([result[key] for result in chosen], digits) for _, key, digits in _COLUMNS)
         memory = _MEMORY[chosen[0]["peak_memory_kind"]] if chosen else ""
-        table.append(Row(method, len(chosen), cells, memory))
+        growth = _cell([result.get(_GROWTH[1]) for result in chosen], _GROWTH[2])
+        table.append(Row(method, len(chosen), cells, memory, growth))
     return table
+
+
+def _columns(table: Sequence[Row]) -> tuple[list[str], list[tuple[Cell, ...]]]:
+    """Headers and cells of a table; growth has a column where a method grows."""
+    headers = [header for header, _, _ in _COLUMNS]
+    if all(row.growth.mean is None for row in table):
+        return headers, [row.cells for row in table]
+    return [*headers, _GROWTH[0]], [(*row.cells, row.growth) for row in table]
 
 
 def _cell(numbers: Sequence[float | None], digits: int) -> Cell:
@@ -101,10 +114,11 @@ def one_line(result: Mapping[str, Any]) -> str:
         result: a finished run.
 
     Returns:
-        Accuracy, backward transfer and time.
+        Accuracy, backward transfer, growth and time.
     """
     transfer = "" if result["bwt"] is None else f", BWT {result['bwt']:+.2f}"
-    return f"ACC {result['acc']:.2f}{transfer}, training {result['train_seconds']:.1f} s"
+    growth = "" if result.get("growth") is None else f", growth {result['growth']:.3f}"
+    return f"ACC {result['acc']:.2f}{transfer}{growth}, training {result['train_seconds']:.1f} s"
 
 
 def rich_table(name: str, table: Sequence[Row]) -> Table:
@@ -120,14 +134,21 @@ def rich_table(name: str, table: Sequence[Row]) -> Table:
     result = Table(title=name)
     result.add_column("method")
     result.add_column("seeds", justify="right")
-    for header, _, _ in _COLUMNS:
+    headers, cells = _columns(table)
+    for header in headers:
         result.add_column(header, justify="right", no_wrap=True)
-    for row in table:
-        result.add_row(row.method, str(row.seeds), *(str(cell) for cell in row.cells))
+    for row, own in zip(table, cells, strict=True):
+        result.add_row(row.method, str(row.seeds), *map(str, own))
     return result
 
 
-def markdown(protocol: Protocol, table: Sequence[Row], request: Request, failures: Sequence[str]) -> str:
+def markdown(
+    protocol: Protocol,
+    table: Sequence[Row],
+    request: Request,
+    failures: Sequence[str],
+    left_out: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Make a table for a file, with the command that made it and what a reader has to know.
 
     Args:
@@ -135,19 +156,22 @@ def markdown(protocol: Protocol, table: Sequence[Row], request: Request, failure
         table: its rows.
         request: what was asked for.
         failures: what went wrong, one text a run.
+        left_out: methods that do not suit the protocol, and why.
 
     Returns:
         The text.
     """
-    headers = ["method", "seeds", *(header for header, _, _ in _COLUMNS)]
+    own_headers, cells = _columns(table)
+    headers = ["method", "seeds", *own_headers]
     lines = [f"# {protocol.name}", "", protocol.summary, "", f"    {request.command}", ""]
     lines.append("| " + " | ".join(headers) + " |")
     lines.append("|---" + "|---:" * (len(headers) - 1) + "|")
-    for row in table:
-        lines.append(f"| {row.method} | {row.seeds} | " + " | ".join(str(cell) for cell in row.cells) + " |")
+    for row, own in zip(table, cells, strict=True):
+        lines.append(f"| {row.method} | {row.seeds} | " + " | ".join(map(str, own)) + " |")
     seeds = ", ".join(str(seed) for seed in request.seeds)
     lines += ["", f"Mean ± sample standard deviation over seeds {seeds}, on {request.device}."]
     lines += [f"Memory: {text}." for text in dict.fromkeys(row.memory for row in table if row.memory)]
+    lines += [f"Left out: {method}: {reason}." for method, reason in left_out.items()]
     lines += [f"Note: {note}." for note in protocol.notes]
     lines += [f"Failed: {failure}" for failure in failures]
     return "\n".join(lines) + "\n"

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
 from avalanche.training.supervised import JointTraining
 from avalanche.training.templates import SupervisedTemplate
 from torch import nn
@@ -52,10 +53,20 @@ def build_stream(protocol: Protocol, data: sources.ImageData, seed: int) -> stre
         else:
             draw = orders.permutations if protocol.permutation_rule == "gpm" else orders.gem_permutations
             pixels = draw(count, shape.numel(), seed)
-        return streams.permute(data, pixels, protocol.normalisation, sampling)
+        kind: Literal["task", "class"] = "task" if protocol.task_labels else "class"
+        return streams.permute(data, pixels, protocol.normalisation, sampling, kind)
     groups = _class_groups(protocol, data)
     if len(groups) < count:
         raise InputError(f"n_experiences={count}: {data.n_classes} classes make only {len(groups)} experiences")
+    order = protocol.group_order
+    if order is not None:
+        known = len(protocol.task_orders[protocol.task_order or ""])
+        if len(groups) != known:
+            raise InputError(
+                f"task_order={protocol.task_order}: it orders {known} groups of classes, and classes_per_experience="
+                f"{protocol.classes_per_experience} makes {len(groups)}; expected {known}"
+            )
+        groups = [groups[group] for group in order]
     labels: streams.Labels = "masked" if protocol.outputs == "masked" else "task"
     return streams.split_by_class(data, groups[:count], protocol.normalisation, sampling, labels)
 
@@ -94,9 +105,11 @@ def run(job: Job, data: sources.ImageData, report: progress.Report = progress.si
             strategy, plugins = _strategy(job, stream, model, report)
             matrix: list[list[float]] = []
             train_seconds = 0.0
-            parts = [stream.benchmark.train_stream] if find_method(job.method).joint else stream.benchmark.train_stream
-            for part in parts:
+            method = find_method(job.method)
+            parts = [stream.benchmark.train_stream] if method.joint else stream.benchmark.train_stream
+            for position, part in enumerate(parts):
                 start = time.perf_counter()
+                strategy.train_epochs = job.protocol.epochs - (method.own_epochs(job.settings) if position else 0)
                 strategy.train(part)
                 _synchronise(job.device)
                 train_seconds += time.perf_counter() - start
@@ -111,10 +124,13 @@ def run(job: Job, data: sources.ImageData, report: progress.Report = progress.si
         "seed": job.seed,
         "hyper_parameters": job.hyper_parameters,
         "changed": dict(job.changes),
+        "task_order": job.protocol.task_order,
+        "experience_groups": None if job.protocol.group_order is None else list(job.protocol.group_order),
         "accuracy_matrix": matrix,
         "acc": evaluate.average_accuracy(matrix),
         "bwt": evaluate.backward_transfer(matrix),
         "forgetting": evaluate.forgetting(matrix),
+        "growth": _growth(plugins),
         "train_seconds": train_seconds,
         "wall_seconds": time.perf_counter() - began,
         "peak_memory_mb": peak,
@@ -147,10 +163,13 @@ def _strategy(job: Job, stream: streams.Stream, model: nn.Module, report: progre
         )
     n_parts = 1 if method.joint else len(stream.train)
     template = JointTraining if method.joint else SupervisedTemplate
-    optimizer: Any = torch.optim.Adam if protocol.optimizer == "adam" else torch.optim.SGD
+    kind: Any = torch.optim.Adam if protocol.optimizer == "adam" else torch.optim.SGD
+    optimizer = kind(model.parameters(), lr=protocol.lr)
+    if protocol.lr_decay is not None:
+        before.append(_decay(optimizer, protocol.lr_decay, _iterations(stream, protocol.train_batch, method.joint)))
     strategy = template(
         model=model,
-        optimizer=optimizer(model.parameters(), lr=protocol.lr),
+        optimizer=optimizer,
         criterion=nn.CrossEntropyLoss(),
         train_mb_size=protocol.train_batch,
         train_epochs=protocol.epochs,
@@ -161,6 +180,28 @@ def _strategy(job: Job, stream: streams.Stream, model: nn.Module, report: progre
         eval_every=-1,
     )
     return strategy, own
+
+
+def _iterations(stream: streams.Stream, batch: int, joint: bool) -> int:
+    """Mini-batches of an epoch, by the size of the first experience or of all together."""
+    sizes = [len(dataset) for dataset in stream.train]
+    if not joint:
+        return math.ceil(sizes[0] / batch)
+    if not stream.n_heads:
+        return math.ceil(sum(sizes) / batch)
+    return math.ceil(max(sizes) / max(1, batch // stream.n_heads))  # Avalanche divides each batch among the tasks
+
+
+def _decay(optimizer: torch.optim.Optimizer, lr_decay: float, iterations: int) -> Any:
+    """Avalanche's plugin for a rate that falls in each iteration and starts anew in every experience."""
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=lr_decay ** (1 / iterations))
+    return LRSchedulerPlugin(scheduler, reset_scheduler=True, reset_lr=True, step_granularity="iteration")
+
+
+def _growth(plugins: list[Any]) -> float | None:
+    """What a method added to the network, as a share of its numbers; None for methods that add nothing."""
+    found = [plugin.growth for plugin in plugins if getattr(plugin, "growth", None) is not None]
+    return float(found[0]) if found else None
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:

@@ -13,13 +13,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.record import Expected
@@ -28,6 +29,7 @@ from benchmarks.settings import InputError
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 _DOWNLOAD_TIMEOUT_SECONDS = 30.0
 _LONGEST_REASON = 160
+_BILINEAR = Image.Resampling.BILINEAR
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,36 @@ def _channels_first(images: npt.NDArray[Any]) -> Tensor:
     """[n, h, w] or [n, h, w, c] to [n, c, h, w]."""
     tensor = torch.from_numpy(images)
     return tensor[:, None] if images.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
+
+
+def fit_images(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
+    """Bring images to the shape that a protocol's network takes: bilinear as Pillow does it, grey in every channel.
+
+    Args:
+        data: images of any size, grey or already of that many channels.
+        shape: channels, height and width.
+
+    Returns:
+        The same data with other images; channels that repeat a grey image take no memory.
+
+    Raises:
+        InputError: if the images have another number of channels.
+    """
+    channels, height, width = shape
+    if data.x_train.shape[1] not in (1, channels):
+        came = list(data.x_train.shape[1:])
+        raise InputError(f"the images are {came}; expected grey ones or {channels} channels, to bring to {list(shape)}")
+
+    def fit(images: Tensor) -> Tensor:
+        if images.shape[2:] != (height, width):
+            planes = [
+                Image.fromarray(plane).resize((width, height), _BILINEAR) for plane in images.flatten(0, 1).numpy()
+            ]
+            flat = torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]))
+            images = flat.unflatten(0, images.shape[:2])
+        return images.expand(-1, channels, -1, -1)
+
+    return replace(data, x_train=fit(data.x_train), x_test=fit(data.x_test))
 
 
 def download(name: str) -> ImageData:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 
-from benchmarks import speed_curvature, speed_gpm, speed_gradients
+from benchmarks import speed_curvature, speed_gpm, speed_gradients, speed_halrp
 from benchmarks.timing import table
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     console.print(table(title, speed_gpm.alexnet_step(device)))
     title = f"Basis update of AlexNet's five layers from {speed_gpm.IMAGES} images"
     console.print(table(title, speed_gpm.basis_update(device)))
-    for title, timings in (*speed_gradients.measure(device), *speed_curvature.measure(device)):
+    parts = (speed_gradients, speed_curvature, speed_halrp)
+    for title, timings in (one for part in parts for one in part.measure(device)):
         console.print(table(title, timings))
     console.print(speed_curvature.truncation_table(device))

@@ -195,17 +195,25 @@ def split_by_class(
     return replace(stream, classes=tuple(map(tuple, groups))) if labels == "masked" else stream
 
 
-def permute(data: ImageData, orders: Sequence[Tensor], normalisation: Normalisation, sampling: Sampling) -> Stream:
-    """Make one experience of each order of the pixels, with the same classes (domain-incremental).
+def permute(
+    data: ImageData,
+    orders: Sequence[Tensor],
+    normalisation: Normalisation,
+    sampling: Sampling,
+    labels: Literal["task", "class"] = "class",
+) -> Stream:
+    """Make one experience of each order of the pixels, with the same classes.
 
     Args:
         data: the images.
         orders: a pixel order for each experience.
         normalisation: pixels to floats, the same for every channel.
         sampling: training and validation samples of each experience.
+        labels: `class`: one shared output layer and task label 0 throughout (domain-incremental); `task`: task labels
+            and a head for each experience (task-incremental). The labels of the samples are the classes' own.
 
     Returns:
-        The stream, with one shared output layer and task label 0 throughout.
+        The stream.
     """
     every, for_test = torch.arange(len(data.y_train)), torch.arange(len(data.y_test))
     train, valid, test = [], [], []
@@ -216,7 +224,7 @@ def permute(data: ImageData, orders: Sequence[Tensor], normalisation: Normalisat
         train.append(LazyImages(data.x_train, data.y_train, divided[0], normalisation, order))
         valid.append(LazyImages(data.x_train, data.y_train, divided[1], normalisation, order))
         test.append(LazyImages(data.x_test, data.y_test, for_test, normalisation, order))
-    return _assemble(train, test, valid, data.n_classes, n_heads=0)
+    return _assemble(train, test, valid, data.n_classes, n_heads=len(orders) if labels == "task" else 0)
 
 
 def _assemble(
@@ -233,6 +241,8 @@ def _assemble(
         parts["valid"] = valid
     wrapped = {name: _wrap(datasets, n_heads > 0) for name, datasets in parts.items()}
     benchmark = with_task_labels(with_classes_timeline(benchmark_from_datasets(**wrapped)))
+    for own in benchmark.streams.values():
+        own.benchmark = benchmark  # Avalanche's decorators leave it out; a plugin finds the other streams by it
     image, _ = train[0][0]
     return Stream(
         benchmark=benchmark,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ class Timing:
     ratio: float
 
 
-def in_turn(variants: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> list[Timing]:
+def in_turn(variants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> list[Timing]:
     """Time several variants in turn.
 
     Args:

@@ -98,6 +98,14 @@ for _ in range(2):
     with laplace.experience(model):
         (torch.nn.functional.cross_entropy(model(x), y) + laplace.penalty()).backward(); optimizer.step()
     laplace.consolidate(model, [x])
+from avalanche_gradproj.methods.halrp import LowRankPerturbation
+network = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+halrp = LowRankPerturbation(max_growth=4.0)
+for _ in range(2):
+    with halrp.experience(network, optimizer, batches=[(x, y)]):
+        torch.nn.functional.cross_entropy(network(x), y).backward(); halrp.regularise(); optimizer.step()
+assert halrp.tasks == [0, 1] and 0 < halrp.growth <= 4
 assert laplace.experiences == 2 and laplace.bytes_held > 0
 assert gpm.experiences == 2 and gpm.bases[''][0].shape[0] == 5
 """

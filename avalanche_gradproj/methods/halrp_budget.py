@@ -83,14 +83,14 @@ class Ledger:
         return cls(base, {record.task: record for record in records})
 
 
-def numbers_of(modules: Iterable[nn.Module | None]) -> int:
+def numbers_of(modules: Iterable[nn.Module]) -> int:
     """Count the parameters and buffers of modules."""
-    return sum(tensor.numel() for module in modules if module is not None for tensor in module.state_dict().values())
+    return sum(tensor.numel() for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
 
-def bytes_of(modules: Iterable[nn.Module | None]) -> int:
+def bytes_of(modules: Iterable[nn.Module]) -> int:
     """Count the bytes of the parameters and buffers of modules."""
-    return sum(tensor.nbytes for module in modules if module is not None for tensor in module.state_dict().values())
+    return sum(tensor.nbytes for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
 
 def added(layers: Mapping[str, TaskLayer], task: int, heads: Iterable[nn.Module]) -> int:

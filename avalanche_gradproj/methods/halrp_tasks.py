@@ -179,13 +179,14 @@ class TaskTraining:
             return
         if self.before:
             self.replace(self.before)
-        elif self.new and self.task in self.selection.tasks:
+        elif self.new:
             if self.optimizer is not None:
                 dismiss(self.optimizer, [p for layer in self.layers.values() for p in _in_place(layer, self.task)])
             for layer in self.layers.values():
                 if str(self.task) in layer.tasks:
                     del layer.tasks[str(self.task)]
-            self.selection.tasks.remove(self.task)
+            if self.task in self.selection.tasks:
+                self.selection.tasks.remove(self.task)
         self.selection.choose(self.selection.tasks[-1])
 
     def settle(self) -> None:

@@ -10,6 +10,7 @@ from benchmarks.method_settings import (
     EwcSettings,
     GemSettings,
     GpmSettings,
+    HalrpSettings,
     LogdSettings,
     OgdSettings,
     ReplaySettings,
@@ -21,6 +22,7 @@ _DIGITS_SOURCES = {
     "data": "scikit-learn's digits, every fifth image for test",
     "model, hidden, lr, epochs, train_batch": f"{HERE}: fine-tuning forgets, a run takes about a second",
     "ewc_lambda, mem_size, threshold, n_samples": f"{HERE}, after a few trials, not a search",
+    "max_growth": f"{HERE}: each further experience takes about .055 of so small a network at least",
 }
 
 DIGITS_SPLIT = Protocol(
@@ -45,6 +47,7 @@ DIGITS_SPLIT = Protocol(
         agem=AgemSettings(agem_patterns=20, agem_sample_size=20),
         ogd=OgdSettings(n_gradients=100),
         logd=LogdSettings(patterns_per_exp=20, n_components=3, variant="official"),
+        halrp=HalrpSettings(max_growth=0.3),
     ),
     sources=MappingProxyType(_DIGITS_SOURCES),
 )
@@ -75,6 +78,7 @@ NPZ_SPLIT = replace(
     normalisation=Normalisation(),
     classes_per_experience=0,
     lr=0.01,
+    methods=MappingProxyType({**DIGITS_SPLIT.methods, "halrp": HalrpSettings(max_growth=1.0)}),
     sources=MappingProxyType({"all figures": f"{HERE}, a start for your own data; change them with --set"}),
 )
 

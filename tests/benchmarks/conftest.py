@@ -35,6 +35,33 @@ def arrays() -> dict[str, Any]:
 
 
 @pytest.fixture
+def cifar_like() -> ImageData:
+    """100 classes in 20 superclasses, 20 training and 2 test images of 3 x 32 x 32 each; class c has pixels c or c + 1.
+
+    Superclass s holds the classes s, s + 20, s + 40, s + 60, s + 80.
+    """
+    draw = torch.Generator().manual_seed(0)
+    parts = []
+    for count in (20, 2):
+        labels = torch.arange(100).repeat(count)
+        noise = torch.randint(0, 2, (len(labels), 3, 32, 32), generator=draw)
+        parts += [(labels[:, None, None, None] + noise).to(torch.uint8), labels]
+    return ImageData(*parts, n_classes=100, coarse=tuple(c % 20 for c in range(100)))
+
+
+@pytest.fixture
+def mnist_like(tmp_path: Path) -> Path:
+    """An archive of 60 training and 20 test images of 28 x 28 pixels in 10 classes."""
+    draw = np.random.default_rng(7)
+    arrays = {}
+    for part, count in (("train", 60), ("test", 20)):
+        arrays[f"x_{part}"] = draw.integers(0, 256, (count, 28, 28)).astype(np.uint8)
+        arrays[f"y_{part}"] = np.tile(np.arange(10), count // 10).astype(np.uint8)
+    np.savez(tmp_path / "mnist_like.npz", **arrays)
+    return tmp_path / "mnist_like.npz"
+
+
+@pytest.fixture
 def images(arrays: dict[str, Any]) -> ImageData:
     return ImageData(
         torch.from_numpy(arrays["x_train"])[:, None],

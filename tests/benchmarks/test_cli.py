@@ -66,6 +66,14 @@ BAD = {
     "run digits-split --method ogd --set n_gradients=100000": ["n_gradients=100000", "experiences of"],
     "run digits-split --method naive --set max_angle=90": ["unknown setting 'max_angle'"],
     "run rmnist-logd --method naive --set max_angle=500": ["max_angle=500", "at most 360"],
+    "run digits-permuted --method halrp": ["halrp on digits-permuted", "no task labels", "choose one of digits-split"],
+    "compare digits-permuted --methods naive,halrp": ["halrp on digits-permuted", "no task labels"],
+    "compare digits-permuted --set max_rank=3": ["halrp on digits-permuted", "no task labels"],
+    "run digits-split --method halrp --set warmup_epochs=10": ["warmup_epochs=10", "fewer than epochs=10"],
+    "run digits-split --method halrp --set importance=valid": ["importance=valid", "expected importance=train"],
+    "run digits-split --method halrp --set max_growth=0.2": ["halrp on digits-split", "max_growth=0.2", "or more"],
+    "run digits-split --method naive --set task_order=B": ["unknown setting 'task_order'"],
+    "run cifar100-halrp --method naive --set task_order=F": ["task_order", "'F'", "one of A, B, C, D, E"],
     "run digits-split --method naive --seed 4294967296": ["seed 4294967296", "expected 0 to"],
 }
 
@@ -149,6 +157,19 @@ def test_compare_writes_tables_and_the_files_equal_single_runs(tmp_path):
     (path,) = (tmp_path / "b").rglob("*.json")
     together = folder / path.relative_to(tmp_path / "b")
     assert json.loads(path.read_text())["accuracy_matrix"] == json.loads(together.read_text())["accuracy_matrix"]
+
+
+def test_methods_that_do_not_suit_a_protocol_are_left_out_unless_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.cli._ALL_METHODS", "naive,halrp")
+    result = invoke(tmp_path, "compare", "digits-permuted", "--seeds", "0", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "left out on digits-permuted: halrp: one output layer" in result.stderr
+    (table,) = (tmp_path / "results" / "digits-permuted").glob("table*.md")
+    text = table.read_text()
+    assert "| naive | 1 |" in text
+    assert "| halrp |" not in text
+    assert "Left out: halrp: one output layer" in text
+    assert "compare digits-permuted --seeds 0 --set" in text
 
 
 def failing_for(method, error):

@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks import evaluate
 from benchmarks.orders import permutations
 from benchmarks.record import Normalisation
-from benchmarks.report import Cell, rows
+from benchmarks.report import Cell, one_line, rich_table, rows
 from benchmarks.sampling import Sampling
 from benchmarks.streams import permute, split_by_class
 
@@ -73,3 +73,16 @@ def test_table_cells_hold_mean_and_sample_deviation():
     assert str(naive.cells[0]) == "93.00 ± 3.61"
     assert [str(cell) for cell in naive.cells[1:]] == ["-", "1.00 ± 0.00", "-"]
     assert (missing.seeds, [str(cell) for cell in missing.cells]) == (0, ["-"] * 4)
+
+
+def test_growth_has_a_column_where_a_method_grows():
+    base = {"train_seconds": 1.0, "peak_memory_mb": None, "peak_memory_kind": "unavailable", "acc": 90.0, "bwt": None}
+    naive = [base | {"method": "naive", "growth": None}]
+    grown = [base | {"method": "halrp", "growth": growth} for growth in (0.15, 0.25)]
+    headers = ["method", "seeds", "ACC %", "BWT %", "training s", "memory MB"]
+    assert [column.header for column in rich_table("p", rows(naive, ["naive"])).columns] == headers
+    table = rich_table("p", rows(naive + grown, ["naive", "halrp"]))
+    assert [column.header for column in table.columns] == [*headers, "growth"]
+    assert list(table.columns[-1].cells) == ["-", "0.200 ± 0.071"]
+    assert "growth" not in one_line(naive[0])
+    assert "growth 0.150" in one_line(grown[0])

@@ -7,7 +7,8 @@ import torch
 from avalanche.models import MultiHeadClassifier
 from torch import nn
 
-from benchmarks.models import MASKED, BiasFreeHeads, build_model
+from benchmarks.heads import MASKED, TaskHeads
+from benchmarks.models import build_model
 from benchmarks.settings import InputError
 from benchmarks.streams import Stream
 
@@ -76,6 +77,32 @@ def test_perceptron_with_batch_norm():
     assert model(torch.randn(4, 1, 28, 28)).shape == (4, 10)
 
 
+def test_lenet_with_batch_norm():
+    """HALRP's: 5 x 5 convolutions to 20 and 50 channels, 3200-800-500, biases, BatchNorm before each ReLU.
+
+    With one head of ten units 2,995,620 numbers, counted in the official code and by hand.
+    """
+    shared, heads = (build_model("lenet-bn", stream_of((3, 32, 32), 10, count), None) for count in (0, 3))
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (shared, heads)]
+    assert counts == [2_995_620, 2_995_620 + 2 * (10 * 500 + 10)]
+    block = [nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
+    kinds = [nn.Conv2d, *block, nn.Conv2d, *block, nn.Flatten, *[nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2]
+    assert [type(module) for module in heads.trunk] == kinds
+    assert [type(module) for module in shared] == [*kinds, nn.Linear]
+    for module in heads.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.affine
+            assert module.track_running_stats
+    x = torch.randn(4, 3, 32, 32)
+    assert shared(x).shape == (4, 10)
+    heads.eval()
+    logits, features = heads(x, torch.tensor([2, 0, 1, 2])), heads.trunk(x)
+    for row, task in enumerate([2, 0, 1, 2]):
+        layer = heads.heads.classifiers[str(task)].classifier
+        torch.testing.assert_close(logits[row], layer.weight @ features[row] + layer.bias)
+        assert layer.bias.any()
+
+
 def masked_resnet():
     classes = tuple(tuple(range(first, first + 5)) for first in range(0, 100, 5))
     return build_model("slim-resnet18", Stream(None, (), (), (), (3, 32, 32), 100, 20, classes), None)
@@ -130,7 +157,7 @@ def test_each_sample_gets_its_own_tasks_head():
 
 
 def test_heads_are_avalanches_and_refuse_what_they_cannot_hold():
-    heads = BiasFreeHeads(6, 2, 3)
+    heads = TaskHeads(6, 2, 3)
     assert isinstance(heads, MultiHeadClassifier)
     assert list(heads.classifiers) == ["0", "1", "2"]
 
