@@ -18,6 +18,12 @@ from avalanche_gradproj.layers.tasks import OwnLayer, PerturbedLayer, Selection,
 _REFUSED = (nn.MultiheadAttention, nn.RNNBase)
 
 
+#: They hold parameters that another module computes with.
+_COLLECTIONS = (nn.ParameterList, nn.ParameterDict)
+
+_NOT_INCLUDED = "not in include"
+
+
 @dataclass
 class TaskPlan:
     """What becomes of every layer, by names in the model as it was given.
@@ -47,8 +53,9 @@ def plan_tasks(
 ) -> TaskPlan:
     """Decide what becomes of every parameter of a model.
 
-    Linear and Conv1d/2d/3d layers are perturbed; layers without children that hold vectors alone (norm layers, PReLU)
-    are copied; parameters of modules with children, and what is excluded, are frozen after the first task.
+    Linear and Conv1d/2d/3d layers are perturbed; layers without children that hold vectors alone (norm layers, PReLU,
+    running means) are copied; parameters of modules with children, and what is excluded, are frozen after the first
+    task.
 
     Args:
         model: the model, as it was built.
@@ -76,28 +83,40 @@ def plan_tasks(
         if matches(name, exclude):
             plan.frozen.update(dict.fromkeys(_all_names(name, module), "excluded"))
             inside += (name,) if name else ()
+        elif isinstance(module, _REFUSED):
+            if any(p.requires_grad for p in module.parameters()):
+                raise _unfit(name, module)
+            plan.alone.update(dict.fromkeys(_all_names(name, module), "takes no gradient"))
+            inside += (name,) if name else ()
         elif names and not any(p.requires_grad for p in names.values()) and not isinstance(module, _NormBase):
             plan.alone.update(dict.fromkeys(names, "takes no gradient"))
-        elif isinstance(module, _REFUSED):
-            raise _unfit(name, module)
+        elif isinstance(module, _COLLECTIONS):
+            plan.frozen.update(dict.fromkeys(names, "parameter of a module with others inside"))
         elif covered_type(module) in RULES:
             units_of(name, module)  # refuses reparametrised weights
-            if name and (include is None or matches(name, include)):
+            if not module.weight.requires_grad:
+                plan.frozen.update(dict.fromkeys(names, "its weight takes no gradient"))
+            elif name and (include is None or matches(name, include)):
                 plan.perturbed.append(name)
             elif include is None:
                 raise ModelError(f"the model is one {type(module).__name__}: put it into an nn.Sequential with a name")
             else:
-                plan.frozen.update(dict.fromkeys(names, "not in include"))
+                plan.frozen.update(dict.fromkeys(names, _NOT_INCLUDED))
         elif isinstance(module, _NormBase) or (names and not list(module.children())):
             if any(p.dim() > 1 for p in names.values()):
                 raise _unfit(name, module)
-            if names or module._buffers:
+            if names or _moves(module):
                 plan.own.append(name)
+        elif name and _moves(module) and not list(module.children()):
+            plan.own.append(name)
         else:
             plan.frozen.update(dict.fromkeys(names, "parameter of a module with others inside"))
             plan.frozen.update({own: "excluded" for own in names if matches(own, exclude)})
     _freeze_excluded(plan, parameters, exclude)
     _choose_head(model, plan, heads, head)
+    for name in [name for name in plan.frozen if name in parameters and not parameters[name].requires_grad]:
+        del plan.frozen[name]
+        plan.alone[name] = "takes no gradient"
     if not plan.perturbed:
         raise ModelError(
             "no layer is left to be perturbed: the model has no Linear or Conv1d/2d/3d layer besides its head and what "
@@ -108,6 +127,12 @@ def plan_tasks(
 
 def _all_names(name: str, module: nn.Module) -> list[str]:
     return [f"{name}.{own}".lstrip(".") for own, _ in module.named_parameters()]
+
+
+def _moves(module: nn.Module) -> bool:
+    """Whether a module has vectors that training may move, and no larger constants."""
+    buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+    return bool(buffers) and all(buffer.dim() <= 1 for buffer in buffers)
 
 
 def _unfit(name: str, module: nn.Module) -> ModelError:
@@ -134,7 +159,9 @@ def _freeze_excluded(plan: TaskPlan, parameters: dict[str, nn.Parameter], exclud
 
 def _choose_head(model: nn.Module, plan: TaskPlan, heads: Sequence[str], head: str | None) -> None:
     """Move the head from the perturbed layers to those that each task has for itself."""
-    linear = [name for name in plan.perturbed if isinstance(model.get_submodule(name), nn.Linear)]
+    aside = {name.rpartition(".")[0] for name, reason in plan.frozen.items() if reason == _NOT_INCLUDED}
+    order = [name for name, _ in model.named_modules() if name in plan.perturbed or name in aside]
+    linear = [name for name in order if isinstance(model.get_submodule(name), nn.Linear)]
     if head is not None and head not in linear:
         raise ConfigurationError(
             f"head={head!r} is no Linear layer that may be perturbed: give one of {', '.join(map(repr, linear))}"
@@ -147,8 +174,10 @@ def _choose_head(model: nn.Module, plan: TaskPlan, heads: Sequence[str], head: s
             "head a task: HALRP needs one"
         )
     plan.head = head or linear[-1]
-    plan.perturbed.remove(plan.head)
+    plan.perturbed = [name for name in plan.perturbed if name != plan.head]
     plan.own.append(plan.head)
+    for name in _all_names(plan.head, model.get_submodule(plan.head)):
+        plan.frozen.pop(name, None)
 
 
 def _refuse_tied(model: nn.Module, exclude: Sequence[str] | None) -> None:
@@ -191,3 +220,11 @@ def put_in_place(model: nn.Module, plan: TaskPlan, selection: Selection) -> dict
     for layer in made.values():
         layer.train(layer.base.training)
     return layers
+
+
+def take_out(model: nn.Module) -> None:
+    """Put the layers that a model was given with back into their places; what tasks had there is gone."""
+    for parent in [module for module in model.modules() if not isinstance(module, TaskLayer)]:
+        for key, child in list(parent._modules.items()):
+            if isinstance(child, TaskLayer):
+                parent._modules[key] = child.base

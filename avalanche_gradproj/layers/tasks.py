@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avalanche_gradproj.errors import StateError
 from avalanche_gradproj.layers.conv import Convolution
 from avalanche_gradproj.layers.perturbed import Factors, perturbed
 from avalanche_gradproj.linalg.packed import pack, unpack
@@ -23,11 +24,13 @@ class Selection:
         tasks: labels of the tasks that there are parameters for, in the order of learning; the first one's are the
             model's own.
         task: label of the selected one; None before any.
+        learning: label of the one in training; None between experiences.
     """
 
     def __init__(self) -> None:
         self.tasks: list[int] = []
         self.task: int | None = None
+        self.learning: int | None = None
         self._dense: dict[PackedPerturbation, Factors] = {}  # of the selected task
 
     def choose(self, task: int | None) -> None:
@@ -188,11 +191,11 @@ class TaskLayer(nn.Module):
             if key.startswith(lead):
                 task, _, name = key.removeprefix(lead).partition(".")
                 found.setdefault(task, {})[name] = value
-        like = next(self.base.parameters(), torch.empty(0))
+        like = next(self.base.parameters(), torch.empty(0))  # buffers alone have no precision of their own
         for task in list(self.tasks):
             del self.tasks[task]
         for task, state in found.items():
-            self.tasks[task] = self._built(state).to(like.device)
+            self.tasks[task] = self._built(state).to(device=like.device, dtype=like.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.selection.choose(None)  # what was unpacked is of other values
         self.selection.tasks = [] if self.first < 0 else [int(self.first), *map(int, self.tasks)]
@@ -223,21 +226,34 @@ class PerturbedLayer(TaskLayer):
         return own(x)
 
     def _built(self, state: dict[str, Tensor]) -> nn.Module:
-        if "left_values" in state:
+        if "weight" in state:
+            return copy.deepcopy(self.base)
+        halves = ("left", "right")
+        packed = tuple(f"{half}_{part}" for half in halves for part in ("values", "bits", "shape"))
+        low = packed if any(name in state for name in packed) else halves
+        needed = ("rows", "columns", *low, *(() if self.base.bias is None else ("bias",)))
+        missing = [name for name in needed if name not in state]
+        if missing:
+            raise StateError(f"the state of a perturbed layer lacks {', '.join(missing)}: it is damaged, save it again")
+        if low is packed:
             return PackedPerturbation.shaped(state)
-        if "left" in state:
-            scales, low = (state["rows"], state["columns"]), (state["left"], state["right"])
-            return Perturbation(Factors(*scales, *low, state.get("bias")))
-        return copy.deepcopy(self.base)
+        rows, columns, left, right = (state[name] for name in needed[:4])
+        return Perturbation(Factors(rows, columns, left, right, state.get("bias")))
 
 
 class OwnLayer(TaskLayer):
     """A layer of which every task has one of its own: norm layers, the head."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute with the selected task's layer."""
-        own = self.own()
-        return (self.base if own is None else own)(*args, **kwargs)
+        """Compute with the selected task's layer; that of a task that is not in training keeps its statistics."""
+        own = self.own() or self.base
+        if not own.training or self.selection.learning in (None, self.selection.task):
+            return own(*args, **kwargs)
+        own.eval()
+        try:
+            return own(*args, **kwargs)
+        finally:
+            own.train()
 
     def _built(self, state: dict[str, Tensor]) -> nn.Module:
         return copy.deepcopy(self.base)

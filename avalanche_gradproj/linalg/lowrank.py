@@ -14,6 +14,9 @@ from torch import Tensor
 #: Below this squared norm a row or column of the base says nothing: its scale is 0 (arXiv 2311.15161's code does so).
 _VANISHING = 1e-20
 
+#: Eigenvalues of a Gram matrix below this share of the largest are rounding: both halves of the direction are 0 then.
+_ROUNDING = 1e-14
+
 
 @dataclass(frozen=True)
 class ScaledFit:
@@ -76,9 +79,10 @@ def fit(free: Tensor, base: Tensor) -> ScaledFit:
     values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
     vectors = vectors.flip(-1)  # eigenvalues come in ascending order
     coefficients = vectors.mT @ matrix  # rows of length sigma
-    sigmas = values.flip(-1).clamp(min=0).sqrt()
-    roots = sigmas.clamp(min=torch.finfo(sigmas.dtype).tiny).sqrt()
-    left, right = vectors * sigmas.sqrt()[:, None, :], coefficients / roots[:, :, None]
+    values = values.flip(-1)
+    sigmas = torch.where(values > _ROUNDING * values[:, :1], values, 0.0).clamp(min=0).sqrt()
+    inverse = torch.where(sigmas > 0, 1.0 / sigmas.sqrt(), 0.0)
+    left, right = vectors * sigmas.sqrt()[:, None, :], coefficients * inverse[:, :, None]
     if not wide:
         left, right = right.mT, left.mT
     return ScaledFit(rows, columns, left, right, free.shape[3] * sigmas.square().sum(0))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from avalanche_gradproj.errors import ConfigurationError, StateError, choice
-from avalanche_gradproj.layers.task_plan import plan_tasks, put_in_place
+from avalanche_gradproj.layers.task_plan import plan_tasks, put_in_place, take_out
 from avalanche_gradproj.layers.tasks import Selection, TaskLayer, task_layers
 from avalanche_gradproj.methods.arguments import finite, one_number, optional_number, share
 from avalanche_gradproj.methods.base import Forward
@@ -105,6 +105,11 @@ class LowRankPerturbation(PerturbedTasks):
         self._remaining: int | None = None
         self._regulariser: Regulariser | None = None
 
+    @property
+    def experiences(self) -> int:
+        """Number of tasks that were learned."""
+        return len(self.tasks) - (self._training is not None and self._training.new)
+
     def wrap(self, model: nn.Module, heads: Iterable[str] = ()) -> dict[str, TaskLayer]:
         """Replace a model's layers by such with parameters for every task, once: before a saved state is loaded, say.
 
@@ -133,6 +138,12 @@ class LowRankPerturbation(PerturbedTasks):
             self._plan = plan
             layers = put_in_place(model, plan, Selection())
         return layers
+
+    def unwrap(self, model: nn.Module) -> None:
+        """Give a model its layers back, as long as no task was learned."""
+        if not any(layer.selection.tasks for layer in task_layers(model).values()):
+            take_out(model)
+            self._plan = None
 
     def start(
         self,
@@ -183,10 +194,20 @@ class LowRankPerturbation(PerturbedTasks):
             of_others = [module for own in modules.values() for module in own]
             base = numbers_of([model]) - len(layers) - numbers_of(of_others) + numbers_of(of_first)
             self.ledger = Ledger(base, {})
-        check_share(layers, self.ledger, tasks, task, self.max_growth, remaining, of_first)
+        mine, again = modules.get(task, of_first), self.prune == "all"
+        try:
+            check_share(layers, self.ledger, tasks, task, self.max_growth, remaining, mine, again=again)
+        except ConfigurationError:
+            self.unwrap(model)
+            raise
         fits = bool(tasks) and task not in tasks
         if fits and (batches is None or optimizer is None):
             raise StateError(f"task {task} is new: start needs its batches and the optimizer, to warm up a free copy")
+        if fits and iter(batches or ()) is batches:
+            raise ConfigurationError(
+                "batches is an iterator, and warm-up and importance go through it one after the other: give what "
+                "starts anew each time, a list or a DataLoader"
+            )
         frozen = [p for name, p in model.named_parameters() if self._plan and name in self._plan.frozen]
         training = self._training = TaskTraining(model, layers, selection, task, optimizer, modules, frozen)
         self._selection, self._loaded, self._remaining, self._heads = selection, None, remaining, by_task
@@ -195,16 +216,17 @@ class LowRankPerturbation(PerturbedTasks):
             training.adopt()
             if fits and batches is not None and optimizer is not None:
                 run, loss = forward or _run, criterion or _cross_entropy
-                self._ranks = fit_task(
-                    training,
-                    optimizer,
-                    batches,
-                    held_out,
-                    lambda batch: loss(run(model, batch), batch),
-                    epochs=self.warmup_epochs,
-                    rate=self.approximation_rate,
-                    max_rank=self.max_rank,
-                )
+                with training.held():
+                    self._ranks = fit_task(
+                        training,
+                        optimizer,
+                        batches,
+                        held_out,
+                        lambda batch: loss(run(model, batch), batch),
+                        epochs=self.warmup_epochs,
+                        rate=self.approximation_rate,
+                        max_rank=self.max_rank,
+                    )
         except BaseException:
             self.abandon()
             raise
@@ -213,10 +235,11 @@ class LowRankPerturbation(PerturbedTasks):
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Return the context in which training steps are taken; nothing has to live in it."""
+        """Return the context in which training steps are taken: statistics of excluded norm layers are held in it."""
         if self._training is None:
             raise StateError("no experience was started: call start first")
-        yield
+        with self._training.held():
+            yield
 
     def regularise(self) -> None:
         """Add the gradients of weight decay and l1 term: call it after the backward pass, before the step."""

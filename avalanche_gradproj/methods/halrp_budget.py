@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -50,18 +51,20 @@ class Ledger:
         """Numbers added by all tasks, over those of the base."""
         return sum(record.numbers for record in self.records.values()) / self.base
 
-    def share(self, task: int, max_growth: float | None, remaining: int | None) -> int | None:
+    def share(self, task: int, max_growth: float | None, remaining: int | None, *, again: bool = False) -> int | None:
         """Return how many numbers a task may add: an equal part of what others have left; None for any number.
 
         Args:
             task: its label.
             max_growth: bound on the growth, None for none.
             remaining: tasks that will need a part, this one included; None if unknown: it may take half of the rest.
+            again: whether the factors of others will be pruned again to make room.
         """
         if max_growth is None:
             return None
-        used = sum(record.numbers for label, record in self.records.items() if label != task)
-        left = max(0, int(max_growth * self.base) - used)
+        others = [record for label, record in self.records.items() if label != task]
+        used = sum(record.numbers - again * (record.dense - record.zeros) for record in others)
+        left = max(0, room(max_growth, self.base) - used)
         return left // (2 if remaining is None else max(1, remaining))
 
     def state(self) -> dict[str, Any]:
@@ -81,6 +84,11 @@ class Ledger:
         except (TypeError, KeyError, ValueError) as error:
             raise StateError(f"the state's records of tasks are damaged ({error!r}): save it again") from error
         return cls(base, {record.task: record for record in records})
+
+
+def room(max_growth: float, base: int) -> int:
+    """Return how many numbers a bound allows, of a product that may be rounded down below a whole number."""
+    return int(max_growth * base * (1 + 1e-12))
 
 
 def numbers_of(modules: Iterable[nn.Module]) -> int:
@@ -127,6 +135,8 @@ def check_share(
     max_growth: float | None,
     remaining: int | None,
     heads: Iterable[nn.Module],
+    *,
+    again: bool,
 ) -> None:
     """Check, also before the first task, that a new task can be given one direction a layer.
 
@@ -137,21 +147,23 @@ def check_share(
         task: the label that begins.
         max_growth: bound on the growth; None for none.
         remaining: new labels to come, this one included; None if unknown.
-        heads: a task's heads that the model itself holds.
+        heads: the task's heads that the model itself holds.
+        again: see `Ledger.share`.
 
     Raises:
         ConfigurationError: naming `max_growth`, what is left, what is needed and a bound that suffices.
     """
     if not tasks:
         remaining = None if remaining is None else remaining - 1
-    share = ledger.share(task, max_growth, remaining)
+    share = ledger.share(task, max_growth, remaining, again=again)
     if share is None or remaining == 0 or task in tasks:
         return
     needed, base = least(layers, numbers_of(heads)), ledger.base
     if needed <= share:
         return
     parts = 2 if remaining is None else remaining
+    suffices = max_growth + ((needed - share) * parts + parts) / base if max_growth is not None else 0.0
     raise ConfigurationError(
         f"max_growth={max_growth} leaves {share} numbers for a task, and scales, biases, norm layers, head and one "
-        f"direction a layer are {needed}: give max_growth={ledger.growth + (needed + 1) * parts / base:.3f} or more"
+        f"direction a layer are {needed}: give max_growth={math.ceil(1000 * suffices) / 1000} or more"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from avalanche_gradproj.errors import ConfigurationError, DataError, NonFiniteError
+from avalanche_gradproj.errors import DataError, NonFiniteError
 from avalanche_gradproj.layers.perturbed import Factors, canonical
 from avalanche_gradproj.layers.record import undisturbed
 from avalanche_gradproj.layers.tasks import PerturbedLayer
@@ -21,15 +21,7 @@ Loss = Callable[[Any], Tensor]
 
 
 def warm_up(batches: Iterable[Any], loss: Loss, optimizer: Optimizer, epochs: int) -> None:
-    """Train whatever takes gradients for some epochs, without any penalty.
-
-    Raises:
-        ConfigurationError: if `batches` can be gone through only once and there are several epochs.
-    """
-    if epochs > 1 and iter(batches) is batches:
-        raise ConfigurationError(
-            f"batches is an iterator and warmup_epochs={epochs}: give what starts anew, a list or a DataLoader"
-        )
+    """Train whatever takes gradients for some epochs, without any penalty."""
     for _ in range(epochs):
         for batch in batches:
             optimizer.zero_grad()

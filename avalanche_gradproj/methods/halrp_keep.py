@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from avalanche_gradproj.layers.perturbed import Factors
 from avalanche_gradproj.layers.tasks import PRUNED, PackedPerturbation, Perturbation
 from avalanche_gradproj.linalg.lowrank import largest
-from avalanche_gradproj.methods.halrp_budget import Ledger, TaskRecord, added, bytes_of
+from avalanche_gradproj.methods.halrp_budget import Ledger, TaskRecord, added, bytes_of, room
 from avalanche_gradproj.methods.halrp_tasks import TaskTraining
 
 
@@ -65,13 +65,13 @@ def keep_all(training: TaskTraining, ledger: Ledger, max_growth: float | None, t
         return
     fixed = sum(_fixed(training, task) for task in ledger.records)
     dense = sum(record.dense for record in ledger.records.values())
-    room = int(max_growth * ledger.base) - fixed
-    if dense <= room:
+    left = room(max_growth, ledger.base) - fixed
+    if dense <= left:
         return
     for task, record in list(ledger.records.items()):
         layers = training.perturbed().items()
         factors = {name: own.factors() for name, layer in layers if (own := _packed(layer.tasks[str(task)]))}
-        _pack(training, task, pruned(factors, max(0, room) * record.dense // dense, threshold))
+        _pack(training, task, pruned(factors, max(0, left) * record.dense // dense, threshold))
         ledger.records[task] = _record(training, task, record.ranks, record.dense)
 
 

@@ -91,7 +91,7 @@ class PerturbedTasks(TaskWeights):
 
     def _check(self, selection: Selection) -> None:
         """Refuse a model whose tasks are not those that were learned here."""
-        expected = self.tasks if self._loaded is not None or self._selection is not None else selection.tasks
+        expected = self.tasks
         if selection.tasks != expected:
             raise StateError(
                 f"the model holds parameters of tasks {selection.tasks} and this HALRP learned {expected}: load the "

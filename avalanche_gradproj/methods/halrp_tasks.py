@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from avalanche_gradproj.layers.norm import held_statistics, tracked_norms
 from avalanche_gradproj.layers.perturbed import Factors
 from avalanche_gradproj.layers.tasks import (
     OwnLayer,
@@ -37,7 +39,7 @@ class TaskTraining:
         frozen: the model's parameters of no such layer, which the first task alone trains.
         new: whether the task is learned for the first time.
         before: what a revisited task had in each layer's place.
-        first_before: tensors of the first task that a later visit may change, and their values.
+        tensors_before: tensors of the model that a later visit of the task may change, and their values.
     """
 
     model: nn.Module
@@ -49,7 +51,7 @@ class TaskTraining:
     frozen: Sequence[nn.Parameter]
     new: bool = True
     before: dict[str, nn.Module] = field(default_factory=dict)
-    first_before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    tensors_before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def first(self) -> bool:
@@ -86,17 +88,26 @@ class TaskTraining:
             for name, layer in self.layers.items() if self.selection.tasks else ():
                 layer.tasks[key] = _fresh(layer.base, seed + self.task) if name == head else copy.deepcopy(layer.base)
             self.selection.tasks.append(self.task)
-        elif self.first:
-            self.first_before = [(t, t.detach().clone()) for t in self._tensors_of_first()]
         else:
+            self.tensors_before = [(tensor, tensor.detach().clone()) for tensor in self._tensors()]
+        if not self.new and not self.first:
             self.before = {name: layer.tasks[key] for name, layer in self.layers.items()}
             self.replace({name: _reopened(module) for name, module in self.before.items()})
         self.selection.choose(self.task)
+        self.selection.learning = self.task
         self.set_gradients()
 
-    def _tensors_of_first(self) -> Iterator[Tensor]:
-        """Yield what a later visit of the first task may change."""
-        for layer in self.layers.values():
+    def _tensors(self) -> Iterator[Tensor]:
+        """Yield what a later visit of the task may change in the model itself: its heads; of the first one, layers.
+
+        Of the only one, everything.
+        """
+        if self.alone:
+            yield from chain(self.model.parameters(), self.model.buffers())
+            return
+        for module in self.heads.get(self.task, ()):
+            yield from chain(module.parameters(), module.buffers())
+        for layer in self.layers.values() if self.first else ():
             if isinstance(layer, OwnLayer):
                 yield from chain(layer.base.parameters(), layer.base.buffers())
             elif layer.base.bias is not None:
@@ -125,23 +136,32 @@ class TaskTraining:
             if self.optimizer is not None:
                 forget(self.optimizer, [parameter])
 
-    def own(self) -> Iterator[tuple[nn.Parameter, nn.Parameter | None]]:
-        """Yield the task's parameters, each with the first task's whose group of the optimizer it belongs to."""
-        for layer in self.layers.values() if not self.first else ():
-            like = dict(layer.base.named_parameters())
-            for name, parameter in layer.tasks[str(self.task)].named_parameters():
-                yield parameter, like.get(name, like.get("weight"))
-        of_first = [dict(module.named_parameters()) for module in self.heads.get(self.selection.tasks[0], ())]
-        for module, like in zip(self.heads.get(self.task, ()), of_first, strict=False):
+    def own(self, task: int) -> Iterator[tuple[nn.Parameter, Sequence[nn.Parameter]]]:
+        """Yield a task's parameters, each with those that it stands for, whose group of the optimizer it belongs to."""
+        for layer in self.layers.values():
+            base = dict(layer.base.named_parameters())
+            own = layer.tasks[str(task)].named_parameters() if str(task) in layer.tasks else ()
+            for name, parameter in own:
+                yield parameter, [base[key] for key in (name, "weight") if key in base]
+        for place, module in enumerate(self.heads.get(task, ())):
+            others = [dict(own[place].named_parameters()) for own in self.heads.values() if len(own) > place]
             for name, parameter in module.named_parameters():
-                yield parameter, like.get(name)
+                yield parameter, [other[name] for other in others if name in other]
 
     def adopt(self) -> None:
-        """Let the optimizer train the task's parameters, from a fresh start."""
-        for parameter, like in self.own() if self.optimizer is not None else ():
-            adopt(self.optimizer, parameter, like)  # type: ignore[arg-type]
-            forget(self.optimizer, [parameter])  # type: ignore[arg-type]
-            parameter.grad = None
+        """Let the optimizer train the task's parameters, from a fresh start.
+
+        It gets what it lacks of other tasks' too, without ever training it: Avalanche puts every parameter of a model
+        into the optimizer, and could not tell their groups.
+        """
+        if self.optimizer is None:
+            return
+        for task in self.selection.tasks:
+            adopt(self.optimizer, self.own(task))
+        if not self.first:
+            for parameter, _ in self.own(self.task):
+                forget(self.optimizer, [parameter])
+                parameter.grad = None
 
     def replace(self, modules: Mapping[str, nn.Module], task: int | None = None) -> None:
         """Put other modules in a task's places of some layers; the optimizer lets go of what was there.
@@ -167,10 +187,11 @@ class TaskTraining:
 
     def withdraw(self) -> None:
         """Take back what `begin` and training did to the task; the first one's training cannot be undone."""
+        self.selection.learning = None
+        with torch.no_grad():
+            for tensor, value in self.tensors_before:
+                tensor.copy_(value)
         if self.first:
-            with torch.no_grad():
-                for tensor, value in self.first_before:
-                    tensor.copy_(value)
             if self.new:  # what comes next is the first task then
                 self.selection.tasks.clear()
                 self.selection.choose(None)
@@ -189,10 +210,18 @@ class TaskTraining:
                 self.selection.tasks.remove(self.task)
         self.selection.choose(self.selection.tasks[-1])
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the statistics of norm layers that no task has for itself, once there are several tasks."""
+        inside = {id(module) for layer in self.layers.values() for module in layer.modules()}
+        norms = [norm for norm in tracked_norms(self.model).values() if id(norm) not in inside]
+        with nullcontext() if self.alone or not norms else held_statistics(self.model, norms):
+            yield
+
     def settle(self) -> None:
         """End the training: nothing takes gradients, and the optimizer remembers nothing of later tasks' parameters."""
-        gone = [] if self.alone else [parameter for parameter, _ in self.own()]
-        for parameter in gone:
+        self.selection.learning = None
+        for parameter, _ in () if self.first else self.own(self.task):
             self._allow(parameter, False)
 
 

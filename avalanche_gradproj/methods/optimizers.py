@@ -76,18 +76,20 @@ def momentum_of(optimizer: Optimizer, parameter: nn.Parameter) -> torch.Tensor |
     return state.get("momentum_buffer")
 
 
-def adopt(optimizer: Optimizer, parameter: nn.Parameter, like: nn.Parameter | None) -> None:
-    """Let an optimizer train a parameter, in the group of another one; nothing is done if it does already.
+def adopt(optimizer: Optimizer, new: Iterable[tuple[nn.Parameter, Sequence[nn.Parameter]]]) -> None:
+    """Let an optimizer train parameters, in the groups of others; one that it has already stays where it is.
 
     Args:
-        optimizer: its groups are changed in place.
-        parameter: the new one; the optimizer remembers nothing of it.
-        like: the one whose group it joins; None, or one that the optimizer does not have, for the first group.
+        optimizer: its groups are changed in place; it remembers nothing of the new parameters.
+        new: a parameter and those that it may be grouped with: the first that the optimizer has; the first group if
+            it has none.
     """
     groups = optimizer.param_groups
     owners = {id(own): index for index, group in enumerate(groups) for own in group["params"]}
-    if id(parameter) not in owners:
-        groups[0 if like is None else owners.get(id(like), 0)]["params"].append(parameter)
+    for parameter, like in new:
+        if id(parameter) not in owners:
+            owners[id(parameter)] = next((owners[id(other)] for other in like if id(other) in owners), 0)
+            groups[owners[id(parameter)]]["params"].append(parameter)
 
 
 def dismiss(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import nn
 
 from avalanche_gradproj.errors import ConfigurationError, ModelError, choice
 from avalanche_gradproj.methods.halrp import LowRankPerturbation
+from avalanche_gradproj.methods.optimizers import dismiss
 from avalanche_gradproj.methods.report import Report
-from avalanche_gradproj.plugins.base import MethodPlugin
+from avalanche_gradproj.plugins.base import MethodPlugin, run_inside
 from avalanche_gradproj.plugins.halrp_data import (
     as_strategy,
     companion,
@@ -58,7 +60,8 @@ class HALRPPlugin(MethodPlugin):
         exclude: patterns of layers and parameters to freeze after the first task.
         head: name of the layer that becomes one head a task in a model without `MultiHeadClassifier`; default the last
             Linear layer.
-        unseen: samples of tasks that were never learned: `"raise"`, or `"base"` for the first task's outputs.
+        unseen: samples of tasks that were never learned: `"raise"`, or `"base"` for the first task's outputs (as in
+            evaluations while `strategy.train` runs, which may be of tasks to come).
         seed: of the initial weights of new heads (those of `MultiHeadClassifier` are Avalanche's).
         record_batch_size: samples in a mini-batch of the pass for the layers' importance over another stream.
 
@@ -127,6 +130,7 @@ class HALRPPlugin(MethodPlugin):
             ModelError: for a layer that cannot be perturbed.
         """
         if isinstance(model, TaskModel):
+            self.method.wrap(model.model)
             return model
         for name, module in model.named_modules():
             within = any(name.startswith(f"{head}") for heads in head_names(model).values() for head in heads)
@@ -157,6 +161,7 @@ class HALRPPlugin(MethodPlugin):
             dataset = companion(experience, self.importance).dataset.eval()
             held_out = self._batches(dataset, strategy.device)
         strategy.model = self.wrap(strategy.model).to(strategy.device)
+        strategy.model.training_runs = True
         strategy.model = strategy.model_adaptation()
         strategy.model.train()
         batches = training_batches(strategy, kwargs)
@@ -174,13 +179,45 @@ class HALRPPlugin(MethodPlugin):
                     forward=forward,
                     criterion=criterion,
                 )
+            except BaseException:
+                strategy.model.training_runs = False
+                if not self.method.tasks:
+                    self.method.unwrap(strategy.model.model)
+                    strategy.model = strategy.model.model
+                raise
             finally:
-                strategy.model.known = None
+                if isinstance(strategy.model, TaskModel):
+                    strategy.model.known = None
         if strategy.optimized_param_id is not None:
             # Avalanche finds parameters by name first: those of a task that is learned again are new ones.
             trained = {id(p) for group in strategy.optimizer.param_groups for p in group["params"]}
             own = {name: p for name, p in strategy.model.named_parameters() if id(p) in trained}
-            strategy.optimized_param_id.update(own)
+            known = strategy.optimized_param_id
+            dismiss(strategy.optimizer, [known[name] for name, p in own.items() if known.get(name, p) is not p])
+            known.update(own)
+
+    def before_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Let evaluation while `train` runs meet tasks that are about to be learned."""
+        if isinstance(strategy.model, TaskModel):
+            strategy.model.training_runs = True
+
+    def after_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """End that."""
+        strategy.model.training_runs = False
+
+    def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Arrange for the coming epoch to run inside the method's context."""
+
+        @contextmanager
+        def inside() -> Iterator[None]:
+            try:
+                with self._inside():
+                    yield
+            except BaseException:
+                strategy.model.training_runs = False
+                raise
+
+        run_inside(strategy, inside)
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Look which tasks the mini-batches hold; the experience has begun already."""

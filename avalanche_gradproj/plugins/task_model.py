@@ -32,6 +32,11 @@ class TaskModel(MultiTaskModule):
         self.unseen = unseen
         self.known: tuple[Tensor, int] | None = None
         """Labels of a mini-batch that are known to be all of one task: they need not be looked at."""
+        self.training_runs = False
+        """Whether `strategy.train` runs: what it evaluates in between may be of tasks to come."""
+
+    def adaptation(self, experience: Any) -> None:
+        """Do nothing: heads inside are adapted by themselves, and nothing here grows with classes."""
 
     def forward(self, x: Tensor, task_labels: Tensor | int | None = None) -> Any:
         """Return each sample's outputs.
@@ -82,18 +87,30 @@ class TaskModel(MultiTaskModule):
 
     def _outputs(self, x: Tensor, task: int, labels: Tensor | None) -> Any:
         tasks = self.selection.tasks
-        if tasks and task not in tasks and self.unseen == "raise":
-            raise StateError(
-                f"a sample has task label {task}, which was never learned: learned are {', '.join(map(str, tasks))}; "
-                "evaluate experiences of these alone, or give unseen='base'"
-            )
+        if tasks and task not in tasks:
+            if self.unseen == "raise" and not self.training_runs:
+                raise StateError(
+                    f"a sample has task label {task}, which was never learned: learned are {', '.join(map(str, tasks))}"
+                    "; evaluate experiences of these alone, or give unseen='base'"
+                )
+            task, labels = tasks[0], None
         self.selection.choose(task)
         if not isinstance(self.model, MultiTaskModule):
             return self.model(x)
         # Avalanche's own forward takes one label for all, and does not have to look at them then.
         if type(self.model).forward is MultiTaskModule.forward:
             return self.model(x, task)
-        return self.model(x, torch.full((len(x),), task, device=x.device) if labels is None else labels)
+        output = self.model(x, torch.full((len(x),), task, device=x.device) if labels is None else labels)
+        return self._own_width(output, task)
+
+    def _own_width(self, output: Any, task: int) -> Any:
+        """Take off the zeros by which Avalanche widens the output of a head to that of the widest: they could win."""
+        heads = [module for module in self.model.modules() if isinstance(module, MultiHeadClassifier)]
+        if len(heads) != 1 or not isinstance(output, Tensor) or output.dim() != 2:
+            return output
+        own = dict(heads[0].classifiers.items()).get(str(task))
+        width = output.shape[1] if own is None else own.classifier.out_features
+        return output[:, :width] if width < output.shape[1] == heads[0].max_class_label else output
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, module in self.named_modules():
@@ -103,17 +120,21 @@ class TaskModel(MultiTaskModule):
 
 
 def _make_heads(heads: MultiHeadClassifier, state: dict[str, Any], prefix: str) -> None:
-    """Make the heads of a saved state, with its numbers of classes."""
+    """Make heads and masks of the sizes that a saved state has, grown ones too."""
     for key, value in state.items():
-        if key.startswith(f"{prefix}active_units_T"):
-            task = key.removeprefix(f"{prefix}active_units_T")
-            heads.register_buffer(f"active_units_T{task}", torch.zeros_like(value))
-            weight = state.get(f"{prefix}classifiers.{task}.classifier.weight")
-            present = dict(heads.classifiers.items()).get(task)
-            if weight is None or (present is not None and present.classifier.weight.shape == weight.shape):
-                continue
-            own = type(heads.classifiers["0"])(heads.in_features, len(weight), masking=False, auto_adapt=False)
-            heads.classifiers[task] = own.to(weight)
+        task = key.removeprefix(f"{prefix}active_units_T")
+        own = f"{prefix}classifiers.{task}."
+        weight = state.get(f"{own}classifier.weight")
+        if task == key or weight is None:
+            continue
+        heads.register_buffer(f"active_units_T{task}", torch.zeros_like(value))
+        head = dict(heads.classifiers.items()).get(task)
+        if head is None or head.classifier.weight.shape != weight.shape:
+            head = type(heads.classifiers["0"])(heads.in_features, len(weight), masking=False, auto_adapt=False)
+            heads.classifiers[task] = head.to(weight)
+        if f"{own}active_units" in state:
+            head.register_buffer("active_units", torch.zeros_like(state[f"{own}active_units"]))
+        heads.max_class_label = max(heads.max_class_label, len(weight))
 
 
 def head_names(model: nn.Module) -> dict[int, list[str]]:
