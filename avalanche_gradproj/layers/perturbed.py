@@ -79,7 +79,7 @@ def perturbed(layer: nn.Linear | Convolution, x: Tensor, factors: Factors, route
         return _convolve(layer, x, weight, factors.bias, layer.groups)
     if isinstance(layer, nn.Linear):
         low = F.linear(F.linear(x, factors.right[0]), factors.left[0], factors.bias)
-        return torch.addcmul(low, F.linear(x * factors.columns, weight), factors.rows)
+        return torch.addcmul(low, F.linear(x * factors.columns, weight), factors.rows.to(low.dtype))
     space = len(layer.kernel_size)
     ones = (1,) * space
     main = _convolve(layer, x * factors.columns.view(-1, *ones), weight, None, layer.groups)
@@ -88,7 +88,7 @@ def perturbed(layer: nn.Linear | Convolution, x: Tensor, factors: Factors, route
     few = _summed(layer, few, layer.groups * rank)
     left = factors.left.reshape(-1, rank, *ones)
     low = _CONVOLVE[space - 1](few, left, factors.bias, groups=layer.groups)
-    return torch.addcmul(low, main, factors.rows.view(-1, *ones))
+    return torch.addcmul(low, main, factors.rows.view(-1, *ones).to(low.dtype))
 
 
 def _convolve(layer: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:

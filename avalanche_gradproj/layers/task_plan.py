@@ -21,6 +21,9 @@ _REFUSED = (nn.MultiheadAttention, nn.RNNBase)
 #: They hold parameters that another module computes with.
 _COLLECTIONS = (nn.ParameterList, nn.ParameterDict)
 
+#: They act elementwise, whatever the shape of their parameters.
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()))
+
 _NOT_INCLUDED = "not in include"
 
 
@@ -80,7 +83,8 @@ def plan_tasks(
         if any(name == one or name.startswith(f"{one}.") for one in (*heads, *inside)):
             continue
         names = {f"{name}.{own}".lstrip("."): p for own, p in module._parameters.items() if p is not None}
-        if matches(name, exclude):
+        whole = bool(names) and not list(module.children()) and all(matches(own, exclude) for own in names)
+        if matches(name, exclude) or whole:
             plan.frozen.update(dict.fromkeys(_all_names(name, module), "excluded"))
             inside += (name,) if name else ()
         elif isinstance(module, _REFUSED):
@@ -102,8 +106,8 @@ def plan_tasks(
                 raise ModelError(f"the model is one {type(module).__name__}: put it into an nn.Sequential with a name")
             else:
                 plan.frozen.update(dict.fromkeys(names, _NOT_INCLUDED))
-        elif isinstance(module, _NormBase) or (names and not list(module.children())):
-            if any(p.dim() > 1 for p in names.values()):
+        elif isinstance(module, _NORMS) or (names and not list(module.children())):
+            if any(p.dim() > 1 for p in names.values()) and not isinstance(module, _NORMS):
                 raise _unfit(name, module)
             if names or _moves(module):
                 plan.own.append(name)
@@ -186,10 +190,10 @@ def _refuse_tied(model: nn.Module, exclude: Sequence[str] | None) -> None:
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
             full = f"{module_name}.{name}".lstrip(".")
-            if isinstance(parameter, Tensor) and not matches(full, exclude):
+            if isinstance(parameter, Tensor):
                 owners[id(parameter)].append(full)
     for names in owners.values():
-        if len(names) > 1:
+        if len(names) > 1 and not all(matches(name, exclude) for name in names):
             raise ModelError(
                 f"parameter {' and '.join(map(repr, names))} is tied: untie it (give one module a copy) or exclude "
                 f"both (exclude={[name.rpartition('.')[0] for name in names]!r})"

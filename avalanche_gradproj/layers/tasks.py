@@ -191,11 +191,10 @@ class TaskLayer(nn.Module):
             if key.startswith(lead):
                 task, _, name = key.removeprefix(lead).partition(".")
                 found.setdefault(task, {})[name] = value
-        like = next(self.base.parameters(), torch.empty(0))  # buffers alone have no precision of their own
         for task in list(self.tasks):
             del self.tasks[task]
         for task, state in found.items():
-            self.tasks[task] = self._built(state).to(device=like.device, dtype=like.dtype)
+            self.tasks[task] = self._built(state)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.selection.choose(None)  # what was unpacked is of other values
         self.selection.tasks = [] if self.first < 0 else [int(self.first), *map(int, self.tasks)]
@@ -214,16 +213,16 @@ class PerturbedLayer(TaskLayer):
     base: nn.Linear | Convolution
     route = "auto"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Compute with the selected task's parameters."""
         own = self.own()
         if own is None:
-            return self.base(x)
+            return self.base(input)
         if isinstance(own, PackedPerturbation):
-            return perturbed(self.base, x, self.selection.dense(own), self.route)
+            return perturbed(self.base, input, self.selection.dense(own), self.route)
         if isinstance(own, Perturbation):
-            return perturbed(self.base, x, own.factors(), self.route)
-        return own(x)
+            return perturbed(self.base, input, own.factors(), self.route)
+        return own(input)
 
     def _built(self, state: dict[str, Tensor]) -> nn.Module:
         if "weight" in state:
@@ -236,9 +235,11 @@ class PerturbedLayer(TaskLayer):
         if missing:
             raise StateError(f"the state of a perturbed layer lacks {', '.join(missing)}: it is damaged, save it again")
         if low is packed:
-            return PackedPerturbation.shaped(state)
-        rows, columns, left, right = (state[name] for name in needed[:4])
-        return Perturbation(Factors(rows, columns, left, right, state.get("bias")))
+            built: nn.Module = PackedPerturbation.shaped(state)
+        else:
+            rows, columns, left, right = (state[name] for name in needed[:4])
+            built = Perturbation(Factors(rows, columns, left, right, state.get("bias")))
+        return built.to(device=self.base.weight.device, dtype=self.base.weight.dtype)
 
 
 class OwnLayer(TaskLayer):
@@ -246,7 +247,9 @@ class OwnLayer(TaskLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute with the selected task's layer; that of a task that is not in training keeps its statistics."""
-        own = self.own() or self.base
+        own = self.own()
+        if own is None:
+            own = self.base
         if not own.training or self.selection.learning in (None, self.selection.task):
             return own(*args, **kwargs)
         own.eval()
