@@ -14,10 +14,11 @@ _PANEL, _PANELS = 128, 6
 class MomentSums:
     """Sum of a a^T, and of a, over rows a.
 
-    Products run in the rows' own type (half precision is widened to float32) and are summed over calls in float64:
-    unlike a basis, a factor is used as it is, never through its small singular values.
+    Products run in the rows' own type (half precision is widened to float32) and are summed up in float64: unlike a
+    basis, a factor is used as it is, never through its small singular values. Rows are held until there are d of them:
+    adding d^2 numbers for each mini-batch of a few rows would cost as much as their product.
 
-    Memory: 8 d^2 bytes a block.
+    Memory: 8 d^2 bytes a block, and up to twice d rows.
 
     Args:
         blocks: independent matrices (groups of a convolution).
@@ -30,6 +31,7 @@ class MomentSums:
         self.count = 0
         self._moment: Tensor | None = None
         self._sum: Tensor | None = None
+        self._held: list[Tensor] = []
 
     def update(self, rows: Tensor, *, mean: bool = False) -> None:
         """Add rows.
@@ -49,6 +51,21 @@ class MomentSums:
             self._sum = torch.zeros(self.blocks, self.features, dtype=wide, device=rows.device)
         if mean and self._sum is not None:
             self._sum += rows.sum(dim=1)
+        if rows.shape[1] >= self.features:
+            self._fold(rows)
+            return
+        self._held.append(rows.clone())
+        if sum(held.shape[1] for held in self._held) >= self.features:
+            self._fold_held()
+
+    def _fold_held(self) -> None:
+        held, self._held = self._held, []
+        if held:
+            self._fold(held[0] if len(held) == 1 else torch.cat(held, dim=1))
+
+    def _fold(self, rows: Tensor) -> None:
+        if self._moment is None:
+            return
         if self.blocks > 1:
             self._moment += rows.mT @ rows
             return
@@ -62,6 +79,7 @@ class MomentSums:
         """Return the sum of a a^T over `divisor` [blocks, features, features], exactly symmetric; None for no rows."""
         if self._moment is None:
             return None
+        self._fold_held()
         return (self._moment.triu() + self._moment.triu(1).mT) / divisor
 
     def mean(self) -> Tensor | None:
