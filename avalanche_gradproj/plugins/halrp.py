@@ -203,7 +203,8 @@ class HALRPPlugin(MethodPlugin):
 
     def after_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """End that."""
-        strategy.model.training_runs = False
+        if isinstance(strategy.model, TaskModel):
+            strategy.model.training_runs = False
 
     def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Arrange for the coming epoch to run inside the method's context."""

@@ -9,7 +9,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
 from torch import nn
 
-from avalanche_gradproj import GPMPlugin
+from avalanche_gradproj import HALRP, GPMPlugin
 from avalanche_gradproj.testing import leftovers
 from tests.plugins.images import image_stream
 
@@ -77,3 +77,25 @@ def test_three_experiences(make, optimizer):
     plain = {"class_token", "encoder.pos_embedding"} if name == "vit" else set()
     norms = {n for n in before if "bn" in n or "downsample.1" in n or "ln" in n}
     assert frozen == plain | norms
+
+
+@pytest.mark.parametrize("make", [resnet18, transformer], ids=["resnet18", "vision transformer"])
+def test_a_perturbation_of_each_layer(make):
+    torch.manual_seed(0)
+    model = make()
+    attention = ["encoder.layers.*.self_attention"] if make is transformer else None
+    settings = {"train_mb_size": 8, "exclude": attention, "max_growth": 2.0, "evaluator": EvaluationPlugin()}
+    learner = HALRP(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), **settings)
+    x, outputs = torch.randn(4, 3, 32, 32), []
+    for experience in image_stream(tasks=True).train_stream:
+        learner.train(experience)
+        learner.model.eval()
+        with torch.no_grad():  # else attention takes another kernel once its weights are frozen
+            now = [learner.model(x, task) for task in learner.plugin.method.tasks]
+        assert all(torch.equal(before, after) for before, after in zip(outputs, now, strict=False))
+        outputs = now
+    assert len(outputs) == 3
+    perturbed = {name for name in learner.plugin.method.ledger.records[2].ranks}
+    name = "resnet18" if make is resnet18 else "vit"
+    expected = {layer for layer in matrices(make(), name) if "self_attention" not in layer} - {"fc", "heads.head"}
+    assert perturbed == expected
