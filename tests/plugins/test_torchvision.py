@@ -95,7 +95,7 @@ def test_a_perturbation_of_each_layer(make):
         assert all(torch.equal(before, after) for before, after in zip(outputs, now, strict=False))
         outputs = now
     assert len(outputs) == 3
-    perturbed = {name for name in learner.plugin.method.ledger.records[2].ranks}
+    perturbed = set(learner.plugin.method.ledger.records[2].ranks)
     name = "resnet18" if make is resnet18 else "vit"
     expected = {layer for layer in matrices(make(), name) if "self_attention" not in layer} - {"fc", "heads.head"}
     assert perturbed == expected
