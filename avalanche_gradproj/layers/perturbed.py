@@ -54,11 +54,13 @@ def canonical(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 def formed_weight(layer: nn.Module, weight: Tensor, factors: Factors) -> Tensor:
-    """Return the perturbed weight, shaped like `weight`."""
-    base = canonical(layer, weight)
-    groups, out, into, _ = base.shape
-    scaled = base * factors.rows.view(groups, out, 1, 1) * factors.columns.view(groups, 1, into, 1)
-    return (scaled + (factors.left @ factors.right)[..., None]).reshape(weight.shape)
+    """Return the perturbed weight, shaped and laid out in memory like `weight`."""
+    groups, taps = getattr(layer, "groups", 1), (1,) * (weight.dim() - 2)
+    columns = factors.columns.view(groups, 1, weight.shape[1])
+    if groups > 1:
+        columns = columns.expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[:2])
+    low = (factors.left @ factors.right).reshape(*weight.shape[:2], *taps)
+    return weight * factors.rows.view(-1, 1, *taps) * columns.view(-1, weight.shape[1], *taps) + low
 
 
 def perturbed(layer: nn.Linear | Convolution, x: Tensor, factors: Factors, route: str = "auto") -> Tensor:
