@@ -82,40 +82,8 @@ def plan_tasks(
     for name, module in model.named_modules():
         if any(name == one or name.startswith(f"{one}.") for one in (*heads, *inside)):
             continue
-        names = {f"{name}.{own}".lstrip("."): p for own, p in module._parameters.items() if p is not None}
-        whole = bool(names) and not list(module.children()) and all(matches(own, exclude) for own in names)
-        if matches(name, exclude) or whole:
-            plan.frozen.update(dict.fromkeys(_all_names(name, module), "excluded"))
-            inside += (name,) if name else ()
-        elif isinstance(module, _REFUSED):
-            if any(p.requires_grad for p in module.parameters()):
-                raise _unfit(name, module)
-            plan.alone.update(dict.fromkeys(_all_names(name, module), "takes no gradient"))
-            inside += (name,) if name else ()
-        elif names and not any(p.requires_grad for p in names.values()) and not isinstance(module, _NormBase):
-            plan.alone.update(dict.fromkeys(names, "takes no gradient"))
-        elif isinstance(module, _COLLECTIONS):
-            plan.frozen.update(dict.fromkeys(names, "parameter of a module with others inside"))
-        elif covered_type(module) in RULES:
-            units_of(name, module)  # refuses reparametrised weights
-            if not module.weight.requires_grad:
-                plan.frozen.update(dict.fromkeys(names, "its weight takes no gradient"))
-            elif name and (include is None or matches(name, include)):
-                plan.perturbed.append(name)
-            elif include is None:
-                raise ModelError(f"the model is one {type(module).__name__}: put it into an nn.Sequential with a name")
-            else:
-                plan.frozen.update(dict.fromkeys(names, _NOT_INCLUDED))
-        elif isinstance(module, _NORMS) or (names and not list(module.children())):
-            if any(p.dim() > 1 for p in names.values()) and not isinstance(module, _NORMS):
-                raise _unfit(name, module)
-            if names or _moves(module):
-                plan.own.append(name)
-        elif name and _moves(module) and not list(module.children()):
-            plan.own.append(name)
-        else:
-            plan.frozen.update(dict.fromkeys(names, "parameter of a module with others inside"))
-            plan.frozen.update({own: "excluded" for own in names if matches(own, exclude)})
+        if _place(plan, name, module, include, exclude) and name:
+            inside += (name,)
     _freeze_excluded(plan, parameters, exclude)
     _choose_head(model, plan, heads, head)
     for name in [name for name in plan.frozen if name in parameters and not parameters[name].requires_grad]:
@@ -127,6 +95,51 @@ def plan_tasks(
             "`include` and `exclude` leave out"
         )
     return plan
+
+
+def _place(
+    plan: TaskPlan, name: str, module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> bool:
+    """Decide what becomes of one module; say whether that settles its children too."""
+    names = {f"{name}.{own}".lstrip("."): p for own, p in module._parameters.items() if p is not None}
+    leaf = not list(module.children())
+    whole = bool(names) and leaf and all(matches(own, exclude) for own in names)
+    if matches(name, exclude) or whole:
+        plan.frozen.update(dict.fromkeys(_all_names(name, module), "excluded"))
+        return True
+    if isinstance(module, _REFUSED):
+        if any(p.requires_grad for p in module.parameters()):
+            raise _unfit(name, module)
+        plan.alone.update(dict.fromkeys(_all_names(name, module), "takes no gradient"))
+        return True
+    if names and not any(p.requires_grad for p in names.values()) and not isinstance(module, _NormBase):
+        plan.alone.update(dict.fromkeys(names, "takes no gradient"))
+    elif covered_type(module) in RULES:
+        _place_matrix(plan, name, module, names, include)
+    elif isinstance(module, _NORMS) or (leaf and (names or _moves(module)) and not isinstance(module, _COLLECTIONS)):
+        if any(p.dim() > 1 for p in names.values()) and not isinstance(module, _NORMS):
+            raise _unfit(name, module)
+        if name and (names or _moves(module)):
+            plan.own.append(name)
+    else:
+        plan.frozen.update(dict.fromkeys(names, "parameter of a module with others inside"))
+        plan.frozen.update({own: "excluded" for own in names if matches(own, exclude)})
+    return False
+
+
+def _place_matrix(
+    plan: TaskPlan, name: str, module: nn.Module, names: Iterable[str], include: Sequence[str] | None
+) -> None:
+    """Decide what becomes of a Linear or Conv layer."""
+    units_of(name, module)  # refuses reparametrised weights
+    if not module.weight.requires_grad:
+        plan.frozen.update(dict.fromkeys(names, "its weight takes no gradient"))
+    elif name and (include is None or matches(name, include)):
+        plan.perturbed.append(name)
+    elif include is None:
+        raise ModelError(f"the model is one {type(module).__name__}: put it into an nn.Sequential with a name")
+    else:
+        plan.frozen.update(dict.fromkeys(names, _NOT_INCLUDED))
 
 
 def _all_names(name: str, module: nn.Module) -> list[str]:
