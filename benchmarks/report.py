@@ -131,12 +131,12 @@ def rich_table(name: str, table: Sequence[Row]) -> Table:
     Returns:
         The table.
     """
-    result = Table(title=name)
-    result.add_column("method")
+    result = Table(title=name, padding=(0, 0))  # else a narrow terminal has no room for names
+    result.add_column("method", min_width=max((len(row.method) for row in table), default=0))
     result.add_column("seeds", justify="right")
     headers, cells = _columns(table)
     for header in headers:
-        result.add_column(header, justify="right", no_wrap=True)
+        result.add_column(header, justify="right")
     for row, own in zip(table, cells, strict=True):
         result.add_row(row.method, str(row.seeds), *map(str, own))
     return result
