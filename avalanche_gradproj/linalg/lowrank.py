@@ -92,7 +92,7 @@ def choose_ranks(scores: Sequence[Tensor], rate: float, maximum: int) -> list[in
     """Choose the rank of every layer: the best directions of all layers together, until their share suffices.
 
     Fewest directions whose scores sum up to at least `rate` of the total, best first; then each layer gets at least one
-    and at most `maximum`. (The official code counts directions beyond `maximum` towards the share as well.)
+    and at most `maximum`. Directions beyond `maximum` count towards the share, as in the official code.
 
     Args:
         scores: of each layer's directions, [m] each, in descending order.
