@@ -16,13 +16,15 @@ from typing import Any
 import torch
 
 from benchmarks import report
+from benchmarks.build import build_stream
+from benchmarks.files import write_json, write_text
 from benchmarks.jobs import Job, change_tag, combined_tag, load_data, make_job, unsuited
 from benchmarks.methods import find_method
 from benchmarks.models import build_model
 from benchmarks.progress import Bars
 from benchmarks.protocols import PROTOCOLS, check_assignments, find_protocol
 from benchmarks.resources import reproducible
-from benchmarks.run import build_stream, run, write_json, write_text
+from benchmarks.run import run
 from benchmarks.settings import InputError
 from benchmarks.sources import ImageData
 from benchmarks.streams import Stream

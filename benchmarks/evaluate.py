@@ -72,7 +72,9 @@ def logits(model: nn.Module, images: Tensor, task: int) -> Tensor:
     return avalanche_forward(model, images, torch.full((len(images),), task, device=images.device))
 
 
-def accuracies(model: nn.Module, stream: Stream, batch_size: int, device: torch.device | str) -> list[float]:
+def scores(
+    model: nn.Module, stream: Stream, batch_size: int, device: torch.device | str
+) -> tuple[list[float], list[float]]:
     """Test on every experience.
 
     Args:
@@ -82,17 +84,21 @@ def accuracies(model: nn.Module, stream: Stream, batch_size: int, device: torch.
         device: where the network is.
 
     Returns:
-        Percent correct for each test experience.
+        Percent correct and mean cross-entropy for each test experience.
     """
-    result = []
+    accuracies, losses = [], []
     with evaluating(model):
         for position, dataset in enumerate(stream.test):
             task = position if stream.n_heads else 0
             correct = torch.zeros((), dtype=torch.int64, device=device)
+            total = torch.zeros((), dtype=torch.float64, device=device)
             for images, labels in batches(dataset, batch_size, device):
-                correct += (logits(model, images, task).argmax(1) == labels).sum()
-            result.append(100.0 * int(correct) / len(dataset))
-    return result
+                outputs = logits(model, images, task)
+                correct += (outputs.argmax(1) == labels).sum()
+                total += nn.functional.cross_entropy(outputs, labels, reduction="sum")
+            accuracies.append(100.0 * int(correct) / len(dataset))
+            losses.append(float(total) / len(dataset))
+    return accuracies, losses
 
 
 def mean_loss(model: nn.Module, dataset: LazyImages, task: int, batch_size: int, device: torch.device | str) -> float:
@@ -157,3 +163,20 @@ def forgetting(matrix: Sequence[Sequence[float]]) -> float | None:
     if last < 1 or len(matrix[-1]) != len(matrix):
         return None
     return sum(max(row[i] for row in matrix[:last]) - matrix[last][i] for i in range(last)) / last
+
+
+def forward_transfer(matrix: Sequence[Sequence[float]], initial: Sequence[float]) -> float | None:
+    """FWT: `1 / (T-1) * sum over i > 1 of (A[i-1, i] - b[i])`, Lopez-Paz and Ranzato (NeurIPS 2017), equation 4.
+
+    Args:
+        matrix: T rows and T columns, percent.
+        initial: b, the accuracies of the network before any training, percent.
+
+    Returns:
+        What earlier experiences did for those still to come; None where BWT is None. A task with a head of its own has
+        an untrained one until its turn: then the figure says nothing.
+    """
+    last = len(matrix) - 1
+    if last < 1 or len(matrix[-1]) != len(matrix):
+        return None
+    return sum(matrix[i - 1][i] - initial[i] for i in range(1, last + 1)) / last

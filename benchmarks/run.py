@@ -1,85 +1,55 @@
-"""One run: a protocol, a method and a seed give one JSON file.
+"""One run: a protocol, a method and a seed give one result.
 
-The same job twice gives the same file but for times and memory. A file appears whole or not at all.
+The same job twice gives the same result but for times and memory.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import math
-import os
 import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
-from avalanche.training.supervised import JointTraining
-from avalanche.training.templates import SupervisedTemplate
-from torch import nn
 
-from benchmarks import evaluate, orders, progress, resources, sources, streams
+from benchmarks import evaluate, progress, readings, resources, sources
+from benchmarks.build import build_strategy, build_stream
+from benchmarks.curves import EpochCurves
+from benchmarks.digest import code_digest
 from benchmarks.jobs import Job
 from benchmarks.methods import find_method
 from benchmarks.models import build_model
-from benchmarks.record import Protocol
-from benchmarks.sampling import Sampling
-from benchmarks.schedule import ValidationSchedule
-from benchmarks.settings import InputError
+
+#: Version of the results' format; older ones are never mixed with newer ones.
+FORMAT = 2
 
 
-def build_stream(protocol: Protocol, data: sources.ImageData, seed: int) -> streams.Stream:
-    """Make a protocol's stream.
+@dataclass
+class Trace:
+    """What a run has found so far.
 
-    Args:
-        protocol: the protocol.
-        data: its images.
-        seed: the run's seed.
-
-    Returns:
-        The stream.
-
-    Raises:
-        InputError: if the data has too few classes for the experiences asked for.
+    Attributes:
+        initial: accuracies before any training, percent.
+        matrix: a row of accuracies after each training, percent.
+        losses: likewise the mean cross-entropy.
+        experiences: what else is known of each training.
+        added: parameters that the network has gained.
+        wall_seconds: of all sessions.
+        sessions: how often the run was started.
+        nondeterministic: operations that PyTorch has no deterministic version of on this device.
     """
-    share, limit = protocol.valid_share or 0.0, protocol.train_limit
-    sampling = Sampling(share, protocol.valid_rule, limit, protocol.draw_rule, seed)
-    count, shape = protocol.n_experiences, data.x_train.shape[1:]
-    if protocol.split in ("permutations", "rotations"):
-        if protocol.split == "rotations":
-            pixels = orders.rotations(count, (shape[0], shape[1], shape[2]), protocol.max_angle or 0.0, seed)
-        else:
-            draw = orders.permutations if protocol.permutation_rule == "gpm" else orders.gem_permutations
-            pixels = draw(count, shape.numel(), seed)
-        kind: Literal["task", "class"] = "task" if protocol.task_labels else "class"
-        return streams.permute(data, pixels, protocol.normalisation, sampling, kind)
-    groups = _class_groups(protocol, data)
-    if len(groups) < count:
-        raise InputError(f"n_experiences={count}: {data.n_classes} classes make only {len(groups)} experiences")
-    order = protocol.group_order
-    if order is not None:
-        known = len(protocol.task_orders[protocol.task_order or ""])
-        if len(groups) != known:
-            raise InputError(
-                f"task_order={protocol.task_order}: it orders {known} groups of classes, and classes_per_experience="
-                f"{protocol.classes_per_experience} makes {len(groups)}; expected {known}"
-            )
-        groups = [groups[group] for group in order]
-    labels: streams.Labels = "masked" if protocol.outputs == "masked" else "task"
-    return streams.split_by_class(data, groups[:count], protocol.normalisation, sampling, labels)
 
-
-def _class_groups(protocol: Protocol, data: sources.ImageData) -> list[list[int]]:
-    """The classes of each experience that the data allows."""
-    if protocol.split == "superclasses":
-        coarse = data.coarse or ()
-        return [[c for c, parent in enumerate(coarse) if parent == group] for group in sorted(set(coarse))]
-    size = protocol.classes_per_experience or data.n_classes // protocol.n_experiences
-    if size == 0:
-        return []
-    return [list(range(first, first + size)) for first in range(0, data.n_classes - size + 1, size)]
+    initial: list[float] = field(default_factory=list)
+    matrix: list[list[float]] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+    experiences: list[dict[str, Any]] = field(default_factory=list)
+    added: int = 0
+    wall_seconds: float = 0.0
+    sessions: int = 0
+    nondeterministic: list[str] = field(default_factory=list)
 
 
 def run(job: Job, data: sources.ImageData, report: progress.Report = progress.silent) -> dict[str, Any]:
@@ -96,29 +66,58 @@ def run(job: Job, data: sources.ImageData, report: progress.Report = progress.si
     gc.collect()  # strategies and plugins refer to each other: what the last run held would count as this one's
     memory = resources.PeakMemory(job.device)
     memory.start()
-    began = time.perf_counter()
+    trace = Trace()
     try:
-        with resources.reproducible(job.seed):
-            stream = build_stream(job.protocol, data, job.seed)
-            # Drawn on the CPU, so that a seed means the same weights on every device.
-            model = build_model(job.protocol.model, stream, job.protocol.hidden).to(job.device)
-            strategy, plugins = _strategy(job, stream, model, report)
-            matrix: list[list[float]] = []
-            train_seconds = 0.0
-            method = find_method(job.method)
-            parts = [stream.benchmark.train_stream] if method.joint else stream.benchmark.train_stream
-            for position, part in enumerate(parts):
-                start = time.perf_counter()
-                strategy.train_epochs = job.protocol.epochs - (method.own_epochs(job.settings) if position else 0)
-                strategy.train(part)
-                _synchronise(job.device)
-                train_seconds += time.perf_counter() - start
-                matrix.append(evaluate.accuracies(strategy.model, stream, job.protocol.test_batch, job.device))
+        with resources.reproducible(job.seed), _exceptions_to_determinism(trace.nondeterministic):
+            plugins = _train(job, data, report, trace)
     finally:
         evaluate.forget()
     peak, kind = memory.stop()
-    reports = [plugin.report() for plugin in plugins if hasattr(plugin, "report")]
+    return _result(job, trace, plugins, peak, kind)
+
+
+def _train(job: Job, data: sources.ImageData, report: progress.Report, trace: Trace) -> list[Any]:
+    """Go through the stream, and return the method's plugins as they are at the end."""
+    began = time.perf_counter()
+    stream = build_stream(job.protocol, data, job.seed)
+    # Drawn on the CPU, so that a seed means the same weights on every device.
+    model = build_model(job.protocol.model, stream, job.protocol.hidden).to(job.device)
+    size = readings.parameters(model)
+    curves = EpochCurves()
+    strategy, plugins = build_strategy(
+        job, stream, model, [curves, progress.ProgressPlugin(report, _n_parts(job, stream))]
+    )
+    trace.sessions += 1
+    trace.initial, _ = evaluate.scores(model, stream, job.protocol.test_batch, job.device)
+    method = find_method(job.method)
+    parts = [stream.benchmark.train_stream] if method.joint else list(stream.benchmark.train_stream)
+    for position, part in enumerate(parts):
+        start = time.perf_counter()
+        strategy.train_epochs = job.protocol.epochs - (method.own_epochs(job.settings) if position else 0)
+        strategy.train(part)
+        _synchronise(job.device)
+        seconds = time.perf_counter() - start
+        accuracies, losses = evaluate.scores(strategy.model, stream, job.protocol.test_batch, job.device)
+        trace.matrix.append(accuracies)
+        trace.losses.append(losses)
+        trace.added = readings.added(strategy.model, size, plugins)
+        trace.experiences.append(
+            {
+                "train_seconds": seconds,
+                "epochs": [list(pair) for pair in curves.epochs],
+                "bytes_held": readings.bytes_held(plugins),
+                "free_share": readings.free_shares(plugins),
+            }
+        )
+    trace.wall_seconds += time.perf_counter() - began
+    return plugins
+
+
+def _result(job: Job, trace: Trace, plugins: list[Any], peak: float | None, kind: str) -> dict[str, Any]:
+    """Put the result together."""
+    matrix = trace.matrix
     return {
+        "format": FORMAT,
         "protocol": job.protocol.name,
         "method": job.method,
         "seed": job.seed,
@@ -126,108 +125,53 @@ def run(job: Job, data: sources.ImageData, report: progress.Report = progress.si
         "changed": dict(job.changes),
         "task_order": job.protocol.task_order,
         "experience_groups": None if job.protocol.group_order is None else list(job.protocol.group_order),
+        "initial_accuracies": trace.initial,
         "accuracy_matrix": matrix,
+        "loss_matrix": trace.losses,
         "acc": evaluate.average_accuracy(matrix),
         "bwt": evaluate.backward_transfer(matrix),
         "forgetting": evaluate.forgetting(matrix),
-        "growth": _growth(plugins),
-        "train_seconds": train_seconds,
-        "wall_seconds": time.perf_counter() - began,
+        "forward_transfer": evaluate.forward_transfer(matrix, trace.initial),
+        "growth": readings.growth(plugins),
+        "added_parameters": trace.added,
+        "bytes_held": readings.bytes_held(plugins),
+        "experiences": trace.experiences,
+        "train_seconds": sum(each["train_seconds"] for each in trace.experiences),
+        "wall_seconds": trace.wall_seconds,
         "peak_memory_mb": peak,
         "peak_memory_kind": kind,
-        "method_report": "\n".join(str(text) for text in reports) or None,
+        "sessions": trace.sessions,
+        "method_report": readings.report(plugins),
         "device": _device_name(job.device),
+        "nondeterministic": sorted(trace.nondeterministic),
         "threads": torch.get_num_threads(),
         "versions": resources.versions(),
+        "code": code_digest(),
     }
 
 
-def _strategy(job: Job, stream: streams.Stream, model: nn.Module, report: progress.Report) -> tuple[Any, list[Any]]:
-    """Avalanche's strategy for a job, and the method's own plugins."""
-    from avalanche_gradproj import InMemoryDataPlugin
-
-    protocol, method = job.protocol, find_method(job.method)
-    own = method.plugins(job.settings, job.seed)
-    before: list[Any] = []
-    if protocol.patience is not None and protocol.lr_factor is not None and protocol.lr_min is not None:
-        before.append(
-            ValidationSchedule(
-                stream,
-                lr=protocol.lr,
-                patience=protocol.patience,
-                lr_factor=protocol.lr_factor,
-                lr_min=protocol.lr_min,
-                batch_size=protocol.test_batch,
-                joint=method.joint,
-            )
-        )
-    n_parts = 1 if method.joint else len(stream.train)
-    template = JointTraining if method.joint else SupervisedTemplate
-    kind: Any = torch.optim.Adam if protocol.optimizer == "adam" else torch.optim.SGD
-    optimizer = kind(model.parameters(), lr=protocol.lr)
-    if protocol.lr_decay is not None:
-        before.append(_decay(optimizer, protocol.lr_decay, _iterations(stream, protocol.train_batch, method.joint)))
-    strategy = template(
-        model=model,
-        optimizer=optimizer,
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=protocol.train_batch,
-        train_epochs=protocol.epochs,
-        eval_mb_size=protocol.test_batch,
-        device=job.device,
-        plugins=[*before, *own, InMemoryDataPlugin(), progress.ProgressPlugin(report, n_parts)],
-        evaluator=EvaluationPlugin(),
-        eval_every=-1,
-    )
-    return strategy, own
+def _n_parts(job: Job, stream: Any) -> int:
+    """Trainings of a run."""
+    return 1 if find_method(job.method).joint else len(stream.train)
 
 
-def _iterations(stream: streams.Stream, batch: int, joint: bool) -> int:
-    """Mini-batches of an epoch, by the size of the first experience or of all together."""
-    sizes = [len(dataset) for dataset in stream.train]
-    if not joint:
-        return math.ceil(sizes[0] / batch)
-    if not stream.n_heads:
-        return math.ceil(sum(sizes) / batch)
-    return math.ceil(max(sizes) / max(1, batch // stream.n_heads))  # Avalanche divides each batch among the tasks
+@contextmanager
+def _exceptions_to_determinism(found: list[str]) -> Iterator[None]:
+    """Note which operations warn that they have no deterministic version; other warnings go where they went."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
 
+        def show(message: Any, category: Any, file: str, line: int, *rest: Any) -> None:
+            text = str(message)
+            if "deterministic" in text and "does not have" in text:
+                name = text.split(maxsplit=1)[0]
+                if name not in found:
+                    found.append(name)
+                return
+            shown(message, category, file, line, *rest)
 
-def _decay(optimizer: torch.optim.Optimizer, lr_decay: float, iterations: int) -> Any:
-    """Avalanche's plugin for a rate that falls in each iteration and starts anew in every experience."""
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=lr_decay ** (1 / iterations))
-    return LRSchedulerPlugin(scheduler, reset_scheduler=True, reset_lr=True, step_granularity="iteration")
-
-
-def _growth(plugins: list[Any]) -> float | None:
-    """What a method added to the network, as a share of its numbers; None for methods that add nothing."""
-    found = [plugin.growth for plugin in plugins if getattr(plugin, "growth", None) is not None]
-    return float(found[0]) if found else None
-
-
-def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a result so that the file is never there in part.
-
-    Args:
-        path: the file; its folder is made.
-        result: what goes into it.
-    """
-    write_text(path, json.dumps(result, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is never there in part.
-
-    Args:
-        path: the file; its folder is made.
-        text: what goes into it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        warnings.showwarning = show
+        yield
 
 
 def _device_name(device: torch.device) -> str:

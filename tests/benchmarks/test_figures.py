@@ -44,7 +44,7 @@ def test_accuracies_equal_a_loop_over_single_samples(images):
     model = nn.Sequential(nn.Flatten(), nn.Linear(20, 4), nn.Dropout(0.5))
     model.train()
     state = torch.get_rng_state()
-    got = evaluate.accuracies(model, stream, 5, "cpu")
+    got, _ = evaluate.scores(model, stream, 5, "cpu")
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert model[2].training

@@ -10,11 +10,12 @@ from PIL import Image
 from sklearn.utils import shuffle
 from torch import nn
 
+from benchmarks.build import build_stream
 from benchmarks.compare import check_method
 from benchmarks.jobs import load_data, make_job
 from benchmarks.methods import METHODS
 from benchmarks.protocols import PROTOCOLS, find_protocol
-from benchmarks.run import build_stream, run
+from benchmarks.run import run
 from benchmarks.settings import InputError, apply
 from benchmarks.sources import fit_images, read_digits
 

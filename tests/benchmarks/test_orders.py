@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.build import build_stream
 from benchmarks.orders import BLACK, gem_permutations, rotations
 from benchmarks.protocols import find_protocol
 from benchmarks.record import Normalisation
-from benchmarks.run import build_stream
 from benchmarks.sampling import Sampling
 from benchmarks.settings import apply
 from benchmarks.sources import read_npz

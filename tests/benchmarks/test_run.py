@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from benchmarks import evaluate, resources
+from benchmarks.build import build_stream
+from benchmarks.files import write_json, write_text
 from benchmarks.jobs import make_job
 from benchmarks.methods import find_method
 from benchmarks.models import build_model
-from benchmarks.run import build_stream, run, write_json, write_text
+from benchmarks.run import run
 from benchmarks.settings import InputError, apply
 from benchmarks.sources import read_digits
 
@@ -45,6 +47,8 @@ def test_the_same_command_gives_the_same_result(protocol, method):
     for key in TIMES:
         assert first.pop(key) > 0
         second.pop(key)
+    for result in (first, second):
+        assert all(each.pop("train_seconds") > 0 for each in result["experiences"])
     assert json.dumps(first) == json.dumps(second)
     assert first["accuracy_matrix"] != other["accuracy_matrix"]
     assert np.shape(first["accuracy_matrix"]) == ((1, 3) if method == "joint" else (3, 3))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from sklearn.utils import shuffle
 
+from benchmarks.build import build_stream
 from benchmarks.orders import permutations
 from benchmarks.protocols import find_protocol
 from benchmarks.record import Normalisation
-from benchmarks.run import build_stream
 from benchmarks.sampling import Sampling
 from benchmarks.settings import InputError, apply
 from benchmarks.sources import read_npz
