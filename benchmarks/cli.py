@@ -16,10 +16,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
-from benchmarks.settings import InputError, parse_assignments, values
+from benchmarks.settings import InputError, parse_assignments
 
 _BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
 _ALL_METHODS = "naive,ewc,replay,gem,agem,gpm,ogd,logd,kfac,xkfac,halrp,joint"
@@ -89,43 +88,9 @@ def list_protocols(
     protocol: Annotated[str | None, typer.Argument(help="Show every figure of this protocol.")] = None,
 ) -> None:
     """List the protocols and methods, or one protocol's figures and where they are from."""
-    from benchmarks.methods import METHODS
-    from benchmarks.protocols import PROTOCOLS, find_protocol
+    from benchmarks import listing
 
-    console = Console()
-    if protocol is None:
-        table = Table("protocol", "what", "images")
-        for record in PROTOCOLS.values():
-            table.add_row(record.name, record.summary, _IMAGES[record.source])
-        console.print(table)
-        table = Table("method", "what")
-        for method in METHODS.values():
-            table.add_row(method.name, method.summary)
-        console.print(table)
-        return
-    found = find_protocol(protocol)
-    console.print(f"[bold]{found.name}[/bold]: {found.summary}", highlight=False)
-    table = Table("setting (--set)", "value")
-    for key, value in values(found).items():
-        table.add_row(key, str(value))
-    for name, settings in found.methods.items():
-        for key, value in values(settings).items():
-            table.add_row(f"{key} [dim]({name})[/dim]", str(value))
-    console.print(table)
-    table = Table("figures", "source")
-    for key, text in found.sources.items():
-        table.add_row(key, text)
-    console.print(table)
-    for note in found.notes:
-        console.print(f"Note: {note}", highlight=False)
-
-
-_IMAGES = {
-    "digits": "embedded",
-    "mnist": "--data mnist.npz, or downloaded",
-    "cifar100": "--data cifar100.npz, or downloaded",
-    "npz": "--data FILE.npz",
-}
+    listing.show(protocol)
 
 
 @app.command()
@@ -171,8 +136,8 @@ def compare(
 ) -> None:
     """Train several methods with several seeds, and write and print a table for each protocol."""
     from benchmarks import compare as comparison
-    from benchmarks import report
     from benchmarks.progress import Bars
+    from benchmarks.report import terminal as report
 
     names = None if methods is None else _names(methods)
     request = _request(tuple(protocols), names, _seeds(seeds), data=data, device=device, assignments=set_, out=out)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from benchmarks import report
 from benchmarks.build import build_stream
 from benchmarks.files import write_json, write_text
 from benchmarks.jobs import Job, change_tag, combined_tag, load_data, make_job, unsuited
@@ -23,6 +22,7 @@ from benchmarks.methods import find_method
 from benchmarks.models import build_model
 from benchmarks.progress import Bars
 from benchmarks.protocols import PROTOCOLS, check_assignments, find_protocol
+from benchmarks.report import terminal as report
 from benchmarks.resources import reproducible
 from benchmarks.run import run
 from benchmarks.settings import InputError

@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks import evaluate
 from benchmarks.orders import permutations
 from benchmarks.record import Normalisation
-from benchmarks.report import Cell, one_line, rich_table, rows
+from benchmarks.report.terminal import Cell, one_line, rich_table, rows
 from benchmarks.sampling import Sampling
 from benchmarks.streams import permute, split_by_class
 

@@ -1,0 +1,1 @@
+"""What becomes of finished runs: tables, statistics, plots, one page to read."""
