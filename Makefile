@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: venv test lint unit compare clean
+.PHONY: venv test lint unit compare docs clean
 
 venv: $(INSTALLED)
 
@@ -25,6 +25,9 @@ unit: venv
 
 compare: venv
 	$(BIN)/python -m benchmarks compare digits-split digits-permuted
+
+docs: venv
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

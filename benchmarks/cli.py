@@ -1,4 +1,4 @@
-"""The command line: `list`, `run`, `compare`, `spread`, `speed`.
+"""The command line: `list`, `run`, `compare`, `spread`, `speed`, and those of `commands.py`.
 
 Whatever the user gets wrong ends in one line on standard error and exit code 2, before anything is trained or
 overwritten. Exit code 1 means that a run failed, 130 that the user interrupted.
@@ -7,7 +7,6 @@ overwritten. Exit code 1 means that a run failed, 130 that the user interrupted.
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from benchmarks.settings import InputError, parse_assignments
+from benchmarks import commands
+from benchmarks.settings import InputError
 
 _BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
 _ALL_METHODS = "naive,ewc,replay,gem,agem,gpm,ogd,logd,kfac,xkfac,halrp,joint"
@@ -33,6 +33,8 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the protocol or the method."),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of each run; else the machine's, divided among the jobs.")]
+Wandb = Annotated[str | None, typer.Option(metavar="PROJECT", help="Log to Weights & Biases as well.")]
 
 
 class OneLineErrors(TyperGroup):
@@ -79,7 +81,7 @@ def _interruptible(out: Path) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            typer.echo(f"interrupted: the runs that had finished are in {out}", err=True)
+            typer.echo(f"interrupted: what has finished is in {out}; the same command goes on from there", err=True)
             raise typer.Exit(_INTERRUPTED) from None
 
 
@@ -103,58 +105,86 @@ def run(
     device: Device = "cpu",
     set_: Set = None,
     out: Out = Path("results"),
+    threads: Threads = None,
+    wandb: Wandb = None,
 ) -> None:
-    """Train one method on one protocol and write one JSON file."""
-    from benchmarks import compare as comparison
-    from benchmarks.progress import Bars
+    """Train one method on one protocol, and print where the result is."""
+    from benchmarks.request import Description
 
-    request = _request((protocol,), (method,), (seed,), data=data, device=device, assignments=set_, out=out)
-    job = comparison.prepare(request)[0]
-    outcome = comparison.Outcome()
-    with _interruptible(out), Bars(1) as bars:
-        comparison.one(job, comparison.data_for(request, protocol), out, bars, outcome)
-    for file, message in outcome.failures:
-        typer.echo(f"failed: {file}: {message}", err=True)
-    if outcome.failures:
-        raise typer.Exit(_FAILED)
-    typer.echo(out / job.file_name)
+    description = Description(
+        protocols=[protocol],
+        methods=[method],
+        seeds=[seed],
+        data=data,
+        device=device,
+        set=set_,
+        threads=threads,
+        wandb=wandb,
+        name=f"{protocol}-{method}",
+    )
+    outcome, planned = carry_out(description, out, "run")
+    if outcome.done:
+        typer.echo(planned.runs[0].folder.result)
 
 
 @app.command()
 def compare(
-    protocols: Annotated[list[str], typer.Argument(help="Names of protocols; see `list`.")],
+    protocols: Annotated[list[str] | None, typer.Argument(help="Names of protocols; see `list`.")] = None,
     *,
+    file: Annotated[Path | None, typer.Option(help="YAML file that says the same as these options.")] = None,
     methods: Annotated[
         str | None,
         typer.Option(help=f"Names of methods, separated by commas; without it those that can run of {_ALL_METHODS}."),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
-    data: Data = None,
-    device: Device = "cpu",
+    seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas.  [default: 0,1,2]")] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V,V,...", help="Try several values of a setting (gpm.threshold=0.9,0.95)."),
+    ] = None,
     set_: Set = None,
+    data: Data = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: cpu]")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs at a time.  [default: 1]")] = None,
+    threads: Threads = None,
+    backend: Annotated[str | None, typer.Option(help="local, ray or dask.  [default: local]")] = None,
+    address: Annotated[str | None, typer.Option(help="Address of the Ray or Dask cluster.")] = None,
+    gpu_share: Annotated[float | None, typer.Option(help="Fraction of a GPU for each run on a cluster.")] = None,
+    wandb: Wandb = None,
+    test: Annotated[str | None, typer.Option(help="Paired test of the report: t or wilcoxon.  [default: t]")] = None,
+    name: Annotated[str | None, typer.Option(help="Folder of the report below --out.")] = None,
     out: Out = Path("results"),
 ) -> None:
-    """Train several methods with several seeds, and write and print a table for each protocol."""
-    from benchmarks import compare as comparison
-    from benchmarks.progress import Bars
-    from benchmarks.report import terminal as report
+    """Train several methods with several seeds, print a table for each protocol, and write a report."""
+    from benchmarks.report import terminal
+    from benchmarks.request import Description, merged, read_file
 
-    names = None if methods is None else _names(methods)
-    request = _request(tuple(protocols), names, _seeds(seeds), data=data, device=device, assignments=set_, out=out)
-    outcome = comparison.Outcome()
-    jobs = comparison.prepare(request)
-    for name in request.protocols:
-        for method, reason in request.left_out(name).items():
-            typer.echo(f"left out on {name}: {method}: {reason}", err=True)
-    with _interruptible(out), Bars(len(jobs)) as bars:
-        comparison.compare(request, jobs, bars, outcome)
+    given = Description(
+        protocols=protocols or None,
+        methods=None if methods is None else list(read_names(methods)),
+        seeds=None if seeds is None else read_seeds(seeds),
+        set=set_ or None,
+        grid=grid or None,
+        data=data or None,
+        device=device,
+        jobs=jobs,
+        threads=threads,
+        backend=backend,
+        address=address,
+        gpu_share=gpu_share,
+        name=name,
+        wandb=wandb,
+        test=test,
+    )
+    description = given if file is None else merged(read_file(file), given, file)
+    outcome, _ = carry_out(description, out, "compare")
     console = Console()
-    for name, rows in outcome.tables.items():
-        console.print(report.rich_table(name, rows))
-    for file, message in outcome.failures:
-        typer.echo(f"failed: {file}: {message}", err=True)
-    if outcome.failures:
-        raise typer.Exit(_FAILED)
+    for protocol in dict.fromkeys(own.job.protocol.name for own, _ in outcome.done):
+        chosen = [{**result, "method": own.label} for own, result in outcome.done if own.job.protocol.name == protocol]
+        rows = terminal.rows(chosen, list(dict.fromkeys(result["method"] for result in chosen)))
+        console.print(terminal.rich_table(protocol, rows))
+    for path in outcome.files:
+        if path.endswith(".html"):
+            typer.echo(f"report: {path}", err=True)
 
 
 @app.command()
@@ -166,7 +196,7 @@ def spread(
     """Show how much the final accuracy of a task depends on the order of the tasks."""
     from benchmarks import spread as over_orders
 
-    found = over_orders.spreads(over_orders.read(folders), None if methods is None else _names(methods))
+    found = over_orders.spreads(over_orders.read(folders), None if methods is None else read_names(methods))
     console = Console()
     console.print(over_orders.table(found))
     console.print(over_orders.EXPLANATION, highlight=False)
@@ -180,50 +210,41 @@ def speed() -> None:
     measurements.main()
 
 
-def _names(text: str) -> tuple[str, ...]:
+for _command in commands.ALL:
+    app.command()(_command)
+
+
+def read_names(text: str) -> tuple[str, ...]:
     """Read a comma-separated list of names."""
     return tuple(name.strip() for name in text.split(","))
 
 
-def _seeds(text: str) -> tuple[int, ...]:
+def read_seeds(text: str) -> list[int]:
     """Read a comma-separated list of seeds."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"--seeds {text!r}: expected integers separated by commas") from None
 
 
-def _request(
-    protocols: tuple[str, ...],
-    methods: tuple[str, ...] | None,
-    seeds: tuple[int, ...],
-    *,
-    data: list[str] | None,
-    device: str,
-    assignments: list[str] | None,
-    out: Path,
-) -> Any:
-    """Put the arguments into a request; the command line is rebuilt from them, as a reader would type it.
+def carry_out(description: Any, out: Path, command: str) -> tuple[Any, Any]:
+    """Check a description, do its runs, and end with the exit code that tells how they went."""
+    from benchmarks import compare as comparison
+    from benchmarks import plan
+    from benchmarks.request import make_request
 
-    Without methods all are taken that can run.
-    """
-    from benchmarks.compare import Request, parse_data
-    from benchmarks.resources import check_device
-
-    words = ["python", "-m", "benchmarks", "compare", *protocols]
-    words += [] if methods is None else ["--methods", ",".join(methods)]
-    words += ["--seeds", ",".join(str(seed) for seed in seeds)]
-    words += [word for text in data or () for word in ("--data", text)]
-    words += ["--device", device] if device != "cpu" else []
-    words += [word for text in assignments or () for word in ("--set", text)]
-    return Request(
-        protocols=protocols,
-        methods=_names(_ALL_METHODS) if methods is None else methods,
-        every=methods is None,
-        seeds=seeds,
-        data=parse_data(data or ()),
-        device=check_device(device),
-        assignments=parse_assignments(assignments or ()),
-        out=out,
-        command=shlex.join(words),
-    )
+    request = make_request(description, out, command, read_names(_ALL_METHODS))
+    comparison.options_of(request, request.threads)
+    planned = plan.prepare(request)
+    for protocol, reasons in planned.left_out.items():
+        for label, reason in reasons.items():
+            typer.echo(f"left out on {protocol}: {label}: {reason}", err=True)
+    outcome = comparison.Outcome()
+    with _interruptible(out):
+        comparison.carry_out(request, planned, outcome)
+    for own, message in outcome.failures:
+        typer.echo(f"failed: {own}: {message}", err=True)
+    if outcome.failures:
+        typer.echo(f"{len(outcome.done)} of {len(planned.runs)} runs are kept in {out / 'runs'}", err=True)
+        raise typer.Exit(_FAILED)
+    return outcome, planned

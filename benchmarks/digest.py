@@ -13,11 +13,12 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 
-#: Files of this folder that present results, time things or start runs: no result depends on them.
-_PRESENTING = (
+#: Files of this folder that plan, start, watch or time runs, or present results: no result depends on them.
+_AROUND = (
     "__init__",
     "__main__",
-    "backends",
+    "assignments",
+    "board",
     "check",
     "cli",
     "commands",
@@ -25,25 +26,22 @@ _PRESENTING = (
     "digest",
     "files",
     "folders",
-    "grid",
+    "gather",
     "large",
+    "listing",
     "logs",
-    "outcome",
-    "progress",
+    "plan",
     "published",
+    "readme",
     "reference",
     "request",
     "runner",
-    "speed",
-    "speed_curvature",
-    "speed_gpm",
-    "speed_gradients",
-    "speed_halrp",
     "spread",
-    "study",
     "timing",
     "verify",
 )
+#: Beginnings of the names of further ones.
+_FAMILIES = ("backend", "speed")
 
 
 @lru_cache(maxsize=1)
@@ -53,8 +51,9 @@ def code_digest() -> str:
 
     package = Path(avalanche_gradproj.__file__).parent
     own = [file for file in package.rglob("*.py") if "testing" not in file.relative_to(package).parts]
-    here = [file for file in _HERE.glob("*.py") if file.stem not in _PRESENTING]
-    return digest_of([*own, *here, *(_HERE / "protocol_records").glob("*.py")])
+    here = [file for file in _HERE.glob("*.py") if file.stem not in _AROUND and not file.stem.startswith(_FAMILIES)]
+    records = [file for folder in ("protocol_records", "method_records") for file in (_HERE / folder).glob("*.py")]
+    return digest_of([*own, *here, *records])
 
 
 def digest_of(files: Iterable[Path]) -> str:

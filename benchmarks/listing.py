@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.settings import values
@@ -24,6 +25,7 @@ def show(protocol: str | None) -> None:
     Raises:
         InputError: if there is none of that name.
     """
+    from benchmarks import external
     from benchmarks.methods import METHODS
     from benchmarks.protocols import PROTOCOLS, find_protocol
 
@@ -36,6 +38,10 @@ def show(protocol: str | None) -> None:
         table = Table("method", "what")
         for method in METHODS.values():
             table.add_row(method.name, method.summary)
+        for other in map(external.load, external.found()):
+            what = f"cannot be used: {other.reason}" if other.method is None else other.summary
+            # A package's own words are no markup.
+            table.add_row(escape(other.name), escape(f"{what} ({other.brought_by})"))
         console.print(table)
         return
     found = find_protocol(protocol)
@@ -43,9 +49,10 @@ def show(protocol: str | None) -> None:
     table = Table("setting (--set)", "value")
     for key, value in values(found).items():
         table.add_row(key, str(value))
-    for name, settings in found.methods.items():
+    brought = {other.name: other.method.settings() for other in map(external.load, external.found()) if other.method}
+    for name, settings in {**found.methods, **brought}.items():
         for key, value in values(settings).items():
-            table.add_row(f"{key} [dim]({name})[/dim]", str(value))
+            table.add_row(f"{key} [dim]({name})[/dim]", escape(str(value)))
     console.print(table)
     table = Table("figures", "source")
     for key, text in found.sources.items():

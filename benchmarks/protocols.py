@@ -76,7 +76,7 @@ def resolve(
         InputError: if a name is unknown or a value does not fit.
     """
     protocol = find_protocol(protocol_name)
-    settings = protocol.methods[find_method(method_name).name]
+    settings = _settings(protocol, method_name)
     known = {*settable(protocol), *settable(settings)}
     used = {key: text for key, text in assignments.items() if key in known}
     return apply(protocol, used), apply(settings, used), used
@@ -99,7 +99,13 @@ def check_assignments(
     for protocol in map(find_protocol, protocol_names):
         known.update(settable(protocol))
         for method in method_names:
-            known.update(settable(protocol.methods[find_method(method).name]))
+            known.update(settable(_settings(protocol, method)))
     for key in assignments:
         if key not in known:
             raise unknown("setting", key, known)
+
+
+def _settings(protocol: Protocol, method_name: str) -> Any:
+    """What a protocol says of a method; the defaults where it says nothing, as of methods of other packages."""
+    method = find_method(method_name)
+    return protocol.methods[method.name] if method.name in protocol.methods else method.settings()

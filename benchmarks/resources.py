@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -124,6 +125,32 @@ def reproducible(seed: int) -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn_before)
         deterministic.fill_uninitialized_memory = fill_before
         torch.backends.cudnn.benchmark = cudnn_before
+
+
+@contextmanager
+def noting_nondeterminism(found: list[str]) -> Iterator[None]:
+    """Note which operations warn that they have no deterministic version; other warnings go where they went.
+
+    Args:
+        found: their names are added here.
+
+    Yields:
+        Nothing.
+    """
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Any, category: Any, file: str, line: int, *rest: Any) -> None:
+            text = str(message)
+            if "deterministic" in text and "does not have" in text:
+                name = text.split(maxsplit=1)[0]
+                if name not in found:
+                    found.append(name)
+                return
+            shown(message, category, file, line, *rest)
+
+        warnings.showwarning = show
+        yield
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """One run: a protocol, a method and a seed give one result.
 
-The same job twice gives the same result but for times and memory.
+The same job twice gives the same result but for times and memory; so does one that was stopped and goes on.
 """
 
 from __future__ import annotations
@@ -8,112 +8,160 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks import evaluate, progress, readings, resources, sources
+from benchmarks import checkpoint, evaluate, progress, readings, resources, sources
 from benchmarks.build import build_strategy, build_stream
 from benchmarks.curves import EpochCurves
 from benchmarks.digest import code_digest
 from benchmarks.jobs import Job
 from benchmarks.methods import find_method
 from benchmarks.models import build_model
-
-#: Version of the results' format; older ones are never mixed with newer ones.
-FORMAT = 2
+from benchmarks.trace import FORMAT, Session, Trace
 
 
-@dataclass
-class Trace:
-    """What a run has found so far.
-
-    Attributes:
-        initial: accuracies before any training, percent.
-        matrix: a row of accuracies after each training, percent.
-        losses: likewise the mean cross-entropy.
-        experiences: what else is known of each training.
-        added: parameters that the network has gained.
-        wall_seconds: of all sessions.
-        sessions: how often the run was started.
-        nondeterministic: operations that PyTorch has no deterministic version of on this device.
-    """
-
-    initial: list[float] = field(default_factory=list)
-    matrix: list[list[float]] = field(default_factory=list)
-    losses: list[list[float]] = field(default_factory=list)
-    experiences: list[dict[str, Any]] = field(default_factory=list)
-    added: int = 0
-    wall_seconds: float = 0.0
-    sessions: int = 0
-    nondeterministic: list[str] = field(default_factory=list)
-
-
-def run(job: Job, data: sources.ImageData, report: progress.Report = progress.silent) -> dict[str, Any]:
+def run(
+    job: Job, data: sources.ImageData, report: progress.Report = progress.silent, session: Session | None = None
+) -> dict[str, Any]:
     """Train and test.
 
     Args:
         job: what to run.
         data: the protocol's images.
         report: told where the training is.
+        session: writes logs and a checkpoint after each experience, and goes on from a checkpoint that is there; None
+            keeps nothing.
 
     Returns:
         The result, ready for JSON.
+
+    Raises:
+        OSError: if the folder of the session cannot be written.
     """
     gc.collect()  # strategies and plugins refer to each other: what the last run held would count as this one's
     memory = resources.PeakMemory(job.device)
     memory.start()
     trace = Trace()
     try:
-        with resources.reproducible(job.seed), _exceptions_to_determinism(trace.nondeterministic):
-            plugins = _train(job, data, report, trace)
+        with resources.reproducible(job.seed), resources.noting_nondeterminism(trace.nondeterministic):
+            plugins = _train(job, data, report, trace, session, memory)
     finally:
         evaluate.forget()
-    peak, kind = memory.stop()
-    return _result(job, trace, plugins, peak, kind)
+    _, kind = memory.stop()
+    return _result(job, trace, plugins, kind)
 
 
-def _train(job: Job, data: sources.ImageData, report: progress.Report, trace: Trace) -> list[Any]:
-    """Go through the stream, and return the method's plugins as they are at the end."""
+def _train(
+    job: Job,
+    data: sources.ImageData,
+    report: progress.Report,
+    trace: Trace,
+    session: Session | None,
+    memory: resources.PeakMemory,
+) -> list[Any]:
+    """Go through the stream, write down what is found, and return the method's plugins as they are at the end."""
     began = time.perf_counter()
     stream = build_stream(job.protocol, data, job.seed)
+    method = find_method(job.method)
+    parts = [stream.benchmark.train_stream] if method.joint else list(stream.benchmark.train_stream)
     # Drawn on the CPU, so that a seed means the same weights on every device.
     model = build_model(job.protocol.model, stream, job.protocol.hidden).to(job.device)
     size = readings.parameters(model)
-    curves = EpochCurves()
-    strategy, plugins = build_strategy(
-        job, stream, model, [curves, progress.ProgressPlugin(report, _n_parts(job, stream))]
-    )
+    watching = Watching(EpochCurves(), progress.ProgressPlugin(report, len(parts)))
+    strategy, plugins = build_strategy(job, stream, model, [watching.curves, watching.progress])
+    known = checkpoint.known_objects(stream, progress=watching.progress) if session else {}
+    found = _resume(session, known, job.device)
+    if found is None:
+        trace.initial, _ = evaluate.scores(model, stream, job.protocol.test_batch, job.device)
+    else:
+        strategy, plugins, watching.curves, before = found
+        noted = trace.nondeterministic
+        noted.extend(before.nondeterministic)
+        trace.__dict__.update(before.__dict__)
+        trace.nondeterministic = noted  # warnings to come are still noted there
     trace.sessions += 1
-    trace.initial, _ = evaluate.scores(model, stream, job.protocol.test_batch, job.device)
-    method = find_method(job.method)
-    parts = [stream.benchmark.train_stream] if method.joint else list(stream.benchmark.train_stream)
-    for position, part in enumerate(parts):
-        start = time.perf_counter()
-        strategy.train_epochs = job.protocol.epochs - (method.own_epochs(job.settings) if position else 0)
-        strategy.train(part)
-        _synchronise(job.device)
-        seconds = time.perf_counter() - start
-        accuracies, losses = evaluate.scores(strategy.model, stream, job.protocol.test_batch, job.device)
-        trace.matrix.append(accuracies)
-        trace.losses.append(losses)
-        trace.added = readings.added(strategy.model, size, plugins)
-        trace.experiences.append(
-            {
-                "train_seconds": seconds,
-                "epochs": [list(pair) for pair in curves.epochs],
-                "bytes_held": readings.bytes_held(plugins),
-                "free_share": readings.free_shares(plugins),
-            }
-        )
-    trace.wall_seconds += time.perf_counter() - began
+    earlier = trace.wall_seconds
+    with _logs(session, job, trace) as logs:
+        for position in range(len(trace.matrix), len(parts)):
+            start = time.perf_counter()
+            strategy.train_epochs = job.protocol.epochs - (method.own_epochs(job.settings) if position else 0)
+            strategy.train(parts[position])
+            _synchronise(job.device)
+            seconds = time.perf_counter() - start
+            accuracies, losses = evaluate.scores(strategy.model, stream, job.protocol.test_batch, job.device)
+            trace.matrix.append(accuracies)
+            trace.losses.append(losses)
+            trace.added = readings.added(strategy.model, size, plugins)
+            trace.experiences.append(
+                {
+                    "train_seconds": seconds,
+                    "epochs": [list(pair) for pair in watching.curves.epochs],
+                    "bytes_held": readings.bytes_held(plugins),
+                    "free_share": readings.free_shares(plugins),
+                }
+            )
+            trace.wall_seconds = earlier + time.perf_counter() - began
+            peak, _ = memory.stop()
+            trace.peak = peak if trace.peak is None or peak is None else max(peak, trace.peak)
+            if logs is not None:
+                logs.add(position)
+            if session is not None and position + 1 < len(parts):
+                content = {"strategy": strategy, "plugins": plugins, "curves": watching.curves, "trace": trace}
+                _store(session, content, known)
     return plugins
 
 
-def _result(job: Job, trace: Trace, plugins: list[Any], peak: float | None, kind: str) -> dict[str, Any]:
+@dataclass
+class Watching:
+    """The plugins that only look."""
+
+    curves: EpochCurves
+    progress: progress.ProgressPlugin
+
+
+def _resume(session: Session | None, known: Mapping[str, Any], device: torch.device) -> Any:
+    """Read strategy, plugins, curves and trace from a checkpoint; None where there is none that fits."""
+    if session is None or not session.checkpoint.exists():
+        return None
+    try:
+        content = checkpoint.load(session.checkpoint, session.key, known, device)
+    except checkpoint.CheckpointError as error:
+        warnings.warn(f"starting over: {error}", stacklevel=2)
+        return None
+    return content["strategy"], content["plugins"], content["curves"], content["trace"]
+
+
+def _store(session: Session, content: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Write a checkpoint; a plugin of foreign origin that cannot be stored costs the checkpoint, not the run."""
+    try:
+        checkpoint.save(session.checkpoint, session.key, content, known)
+    except checkpoint.CheckpointError as error:
+        warnings.warn(f"if this run is stopped, it starts over: {error}", stacklevel=2)
+
+
+@contextmanager
+def _logs(session: Session | None, job: Job, trace: Trace) -> Iterator[Any]:
+    """Open the run's logs with what is known so far."""
+    if session is None:
+        yield None
+        return
+    from benchmarks.logs import RunLogs
+
+    logs = RunLogs(session.folder, trace, task_labels=job.protocol.task_labels, wandb=session.wandb)
+    try:
+        for position in range(len(trace.matrix)):
+            logs.add(position)
+        yield logs
+    finally:
+        logs.close()
+
+
+def _result(job: Job, trace: Trace, plugins: list[Any], kind: str) -> dict[str, Any]:
     """Put the result together."""
     matrix = trace.matrix
     return {
@@ -138,40 +186,16 @@ def _result(job: Job, trace: Trace, plugins: list[Any], peak: float | None, kind
         "experiences": trace.experiences,
         "train_seconds": sum(each["train_seconds"] for each in trace.experiences),
         "wall_seconds": trace.wall_seconds,
-        "peak_memory_mb": peak,
+        "peak_memory_mb": trace.peak,
         "peak_memory_kind": kind,
         "sessions": trace.sessions,
         "method_report": readings.report(plugins),
         "device": _device_name(job.device),
-        "nondeterministic": sorted(trace.nondeterministic),
+        "nondeterministic": sorted(set(trace.nondeterministic)),
         "threads": torch.get_num_threads(),
         "versions": resources.versions(),
         "code": code_digest(),
     }
-
-
-def _n_parts(job: Job, stream: Any) -> int:
-    """Trainings of a run."""
-    return 1 if find_method(job.method).joint else len(stream.train)
-
-
-@contextmanager
-def _exceptions_to_determinism(found: list[str]) -> Iterator[None]:
-    """Note which operations warn that they have no deterministic version; other warnings go where they went."""
-    with warnings.catch_warnings():
-        shown = warnings.showwarning
-
-        def show(message: Any, category: Any, file: str, line: int, *rest: Any) -> None:
-            text = str(message)
-            if "deterministic" in text and "does not have" in text:
-                name = text.split(maxsplit=1)[0]
-                if name not in found:
-                    found.append(name)
-                return
-            shown(message, category, file, line, *rest)
-
-        warnings.showwarning = show
-        yield
 
 
 def _device_name(device: torch.device) -> str:

@@ -67,7 +67,7 @@ def read(folders: Sequence[Path]) -> dict[Path, dict[str, Any]]:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{str(folder)!r} is no folder; expected one with the JSON files of runs")
-        files = sorted(folder.rglob("*.json"))
+        files = sorted(file for file in folder.rglob("*.json") if file.name not in ("format.json", "status.json"))
         if not files:
             raise InputError(f"{str(folder)!r} holds no JSON file; expected those of runs with different task_order")
         runs.update({file: _read_run(file) for file in files})

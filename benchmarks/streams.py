@@ -83,6 +83,11 @@ class LazyImages(Dataset[tuple[Tensor, int]]):
         self._positions: list[int] = indices.tolist()
         self._labels: list[int] = self.targets.tolist()
 
+    @property
+    def shared_images(self) -> Tensor:
+        """The tensor of images that this dataset looks at, together with others."""
+        return self._images
+
     def __len__(self) -> int:
         return len(self._indices)
 

@@ -83,9 +83,9 @@ def rows(results: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[R
     table = []
     for method in methods:
         chosen = [result for result in results if result["method"] == method]
-        cells = tuple(_cell([result[key] for result in chosen], digits) for _, key, digits in _COLUMNS)
+        cells = tuple(cell([result[key] for result in chosen], digits) for _, key, digits in _COLUMNS)
         memory = _MEMORY[chosen[0]["peak_memory_kind"]] if chosen else ""
-        growth = _cell([result.get(_GROWTH[1]) for result in chosen], _GROWTH[2])
+        growth = cell([result.get(_GROWTH[1]) for result in chosen], _GROWTH[2])
         table.append(Row(method, len(chosen), cells, memory, growth))
     return table
 
@@ -98,7 +98,7 @@ def _columns(table: Sequence[Row]) -> tuple[list[str], list[tuple[Cell, ...]]]:
     return [*headers, _GROWTH[0]], [(*row.cells, row.growth) for row in table]
 
 
-def _cell(numbers: Sequence[float | None], digits: int) -> Cell:
+def cell(numbers: Sequence[float | None], digits: int) -> Cell:
     """Mean and sample standard deviation of those that are numbers."""
     known = [number for number in numbers if number is not None]
     if not known:

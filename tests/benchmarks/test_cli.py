@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import compare as comparison
+from benchmarks import plan, sources
 from benchmarks import run as run_module
-from benchmarks import sources
 from benchmarks.cli import app
+from benchmarks.request import parse_data
 from benchmarks.settings import InputError
 
 QUICK = ["--set", "epochs=1", "--set", "train_limit=40", "--set", "n_experiences=2"]
@@ -75,6 +75,26 @@ BAD = {
     "run digits-split --method naive --set task_order=B": ["unknown setting 'task_order'"],
     "run cifar100-halrp --method naive --set task_order=F": ["task_order", "'F'", "one of A, B, C, D, E"],
     "run digits-split --method naive --seed 4294967296": ["seed 4294967296", "expected 0 to"],
+    "compare": ["no protocol"],
+    "compare digits-split --grid gpm.threshhold=0.9,0.95": ["unknown setting of gpm 'threshhold'", "'threshold'"],
+    "compare digits-split --grid gmp.threshold=0.9,0.95": ["'gmp.threshold'", "did you mean 'gpm'"],
+    "compare digits-split --methods naive --grid gpm.threshold=0.9,0.95": ["gpm is not among what is to be run"],
+    "compare digits-split --grid gpm.threshold": ["key=value,value"],
+    "compare digits-split --grid gpm.threshold=0.9,,0.95": ["empty value"],
+    "compare digits-split --grid gpm.threshold=0.9,0.9": ["gpm.threshold=0.9 twice"],
+    "compare digits-split --grid epochs=1,2 --grid epochs=3": ["'epochs' twice"],
+    "compare digits-split --grid epochs=1,two": ["epochs", "'two'", "an integer"],
+    "compare digits-split --set epochs=1 --grid epochs=1,2": ["epochs", "--set and with --grid"],
+    "compare digits-split --methods gpm --set gpm.threshold=2": ["threshold=2", "at most 1"],
+    "compare digits-split --jobs 0": ["--jobs 0"],
+    "compare digits-split --threads 0": ["--threads 0"],
+    "compare digits-split --backend spark": ["'spark'", "local, ray or dask"],
+    "compare digits-split --backend dask --address tcp://127.0.0.1:1": ["tcp://127.0.0.1:1", "does not answer"],
+    "compare digits-split --address tcp://127.0.0.1:1": ["tcp://127.0.0.1:1", "cluster"],
+    "compare digits-split --test anova": ["--test 'anova'", "t or wilcoxon"],
+    "compare digits-split --name runs --methods naive": ["--name 'runs'"],
+    "compare digits-split --name a/b --methods naive": ["--name 'a/b'"],
+    "compare --file missing.yaml": ["missing.yaml", "cannot be read"],
 }
 
 
@@ -105,7 +125,7 @@ def test_without_network_and_file_the_advice_is_a_file(tmp_path, monkeypatch):
         raise RuntimeError("Error downloading\nseveral lines " + 300 * "x")
 
     monkeypatch.setattr("torchvision.datasets.MNIST", no_network)
-    comparison._load.cache_clear()
+    plan.load.cache_clear()
     result = invoke(tmp_path, "run", "pmnist-gpm", "--method", "naive")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
@@ -120,10 +140,10 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
     assert (tmp_path / "results").read_text() == "mine"
 
 
-def test_run_writes_one_file_and_says_where(tmp_path):
+def test_run_says_where_its_result_is(tmp_path):
     result = invoke(tmp_path, "run", "digits-split", "--method", "naive", "--seed", "4", *QUICK)
     assert result.exit_code == 0, result.output
-    (path,) = (tmp_path / "results").rglob("*.*")
+    (path,) = (tmp_path / "results").rglob("result.json")
     assert result.stdout.replace("\n", "") == str(path)
     content = json.loads(path.read_text())
     assert (content["seed"], content["hyper_parameters"]["epochs"]) == (4, 1)
@@ -139,22 +159,23 @@ def test_own_images_can_be_used(tmp_path, arrays):
         assert result.exit_code == 0, result.output
 
 
-def test_compare_writes_tables_and_the_files_equal_single_runs(tmp_path):
+def test_compare_writes_a_report_and_its_runs_equal_single_ones(tmp_path):
     arguments = ("--methods", "naive,replay", "--seeds", "0,1", *QUICK)
     result = invoke(tmp_path, "compare", "digits-split", "digits-permuted", *arguments)
     assert result.exit_code == 0, result.output
     assert "digits-permuted" in result.stdout
     folder = tmp_path / "results"
-    assert len(list(folder.rglob("*.json"))) == 8
-    (table,) = (folder / "digits-split").glob("table*.md")
-    text = table.read_text()
-    assert "| naive | 2 |" in text
+    assert len(list(folder.rglob("result.json"))) == 8
+    text = (folder / "digits-split+digits-permuted" / "table.md").read_text()
+    assert text.count("| naive | 2 |") == 2
     assert "compare digits-split digits-permuted --methods naive,replay --seeds 0,1 --set epochs=1" in text
+    for file in ("report.html", "table.csv", "table.tex"):
+        assert (folder / "digits-split+digits-permuted" / file).stat().st_size > 100
     alone = CliRunner().invoke(
         app, ["run", "digits-permuted", "--method", "replay", "--seed", "1", *QUICK, "--out", str(tmp_path / "b")]
     )
     assert alone.exit_code == 0, alone.output
-    (path,) = (tmp_path / "b").rglob("*.json")
+    (path,) = (tmp_path / "b").rglob("result.json")
     together = folder / path.relative_to(tmp_path / "b")
     assert json.loads(path.read_text())["accuracy_matrix"] == json.loads(together.read_text())["accuracy_matrix"]
 
@@ -164,47 +185,11 @@ def test_methods_that_do_not_suit_a_protocol_are_left_out_unless_asked_for(tmp_p
     result = invoke(tmp_path, "compare", "digits-permuted", "--seeds", "0", *QUICK)
     assert result.exit_code == 0, result.output
     assert "left out on digits-permuted: halrp: one output layer" in result.stderr
-    (table,) = (tmp_path / "results" / "digits-permuted").glob("table*.md")
-    text = table.read_text()
+    text = (tmp_path / "results" / "digits-permuted" / "table.md").read_text()
     assert "| naive | 1 |" in text
     assert "| halrp |" not in text
-    assert "Left out: halrp: one output layer" in text
+    assert "one output layer is shared" in text
     assert "compare digits-permuted --seeds 0 --set" in text
-
-
-def failing_for(method, error):
-    real = run_module.run
-
-    def runner(job, data, report):
-        if job.method == method:
-            raise error
-        return real(job, data, report)
-
-    return runner
-
-
-def test_a_failing_run_leaves_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison.compare, "__defaults__", (failing_for("ewc", ValueError("two\nlines")),))
-    arguments = ("--methods", "naive,ewc,replay", "--seeds", "0", *QUICK)
-    result = invoke(tmp_path, "compare", "digits-split", *arguments)
-    assert result.exit_code == 1
-    folder = tmp_path / "results" / "digits-split"
-    assert sorted(path.name.split("-")[0] for path in folder.glob("*.json")) == ["naive", "replay"]
-    assert "ValueError: two lines" in result.stderr
-    (trace,) = folder.glob("ewc*.error.txt")
-    assert "Traceback" in trace.read_text()
-    (table,) = folder.glob("table*.md")
-    assert "| ewc | 0 | - |" in table.read_text()
-    assert "ValueError: two lines" in table.read_text()
-
-
-def test_an_interruption_keeps_the_finished_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison.compare, "__defaults__", (failing_for("replay", KeyboardInterrupt()),))
-    arguments = ("--methods", "naive,replay", "--seeds", "0", *QUICK)
-    result = invoke(tmp_path, "compare", "digits-split", *arguments)
-    assert result.exit_code == 130
-    assert "interrupted" in result.stderr
-    assert [path.name.split("-")[0] for path in (tmp_path / "results").rglob("*.json")] == ["naive"]
 
 
 def test_lists_name_everything():
@@ -230,10 +215,10 @@ def test_lists_name_everything():
 
 
 def test_data_can_be_given_for_each_protocol():
-    files = comparison.parse_data(["pmnist-gpm=a.npz", "b=c.npz"])
+    files = parse_data(["pmnist-gpm=a.npz", "b=c.npz"])
     assert {key: str(path) for key, path in files.items()} == {"pmnist-gpm": "a.npz", "": "b=c.npz"}
     with pytest.raises(InputError, match="two files"):
-        comparison.parse_data(["a.npz", "b.npz"])
+        parse_data(["a.npz", "b.npz"])
 
 
 def test_superclasses_of_the_original_archive(tmp_path):

@@ -11,7 +11,7 @@ from sklearn.utils import shuffle
 from torch import nn
 
 from benchmarks.build import build_stream
-from benchmarks.compare import check_method
+from benchmarks.check import check_method
 from benchmarks.jobs import load_data, make_job
 from benchmarks.methods import METHODS
 from benchmarks.protocols import PROTOCOLS, find_protocol

@@ -148,10 +148,23 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert json.loads(path.read_text()) == {"acc": 1.5}
     with pytest.raises(TypeError):
         write_json(path, {"acc": object()})
-    with pytest.raises(TypeError):
-        write_text(path, None)
     assert json.loads(path.read_text()) == {"acc": 1.5}
     assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, step):
+    path = tmp_path / "result.json"
+    write_text(path, "old")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"benchmarks.files.os.{step}", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_peak_memory_sees_what_was_freed_again():

@@ -1,0 +1,1 @@
+"""The records of the methods that can be compared, by family."""

@@ -1,0 +1,92 @@
+"""Tables of documents that are made from the reference results, never typed.
+
+A document marks their place with two comments: `<!-- reference: PROTOCOL -->`, or `<!-- reference: PROTOCOL methods=a,b
+-->` for some methods, and `<!-- end of reference -->`. What stands between them is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report.terminal import Cell, cell
+from benchmarks.settings import InputError
+
+#: Documents with such places.
+DOCUMENTS = ("README.md",)
+
+_PLACE = re.compile(r"(<!-- reference: (\S+)(?: methods=(\S+))? -->\n)(.*?)(<!-- end of reference -->)", re.DOTALL)
+
+
+def fill(text: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """Replace what stands in the places for tables.
+
+    Args:
+        text: of a document.
+        results: the reference results.
+
+    Returns:
+        The text with the tables of these results.
+
+    Raises:
+        InputError: if a place names a protocol or a method without results.
+    """
+
+    def replace(found: re.Match[str]) -> str:
+        begin, protocol, methods, _, end = found.groups()
+        return f"{begin}\n{_table(protocol, methods.split(',') if methods else None, results)}\n{end}"
+
+    return _PLACE.sub(replace, text)
+
+
+def update(root: Path, results: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Bring the tables of all documents up to date.
+
+    Args:
+        root: the top folder.
+        results: the reference results.
+
+    Returns:
+        The documents that changed.
+
+    Raises:
+        InputError: as `fill`.
+    """
+    changed = []
+    for name in DOCUMENTS:
+        before = (root / name).read_text(encoding="utf-8")
+        after = fill(before, results)
+        if after != before:
+            (root / name).write_text(after, encoding="utf-8")
+            changed.append(root / name)
+    return changed
+
+
+def _table(protocol: str, methods: Sequence[str] | None, results: Sequence[Mapping[str, Any]]) -> str:
+    """Write the table of one protocol."""
+    own = [result for result in results if result["protocol"] == protocol]
+    if not own:
+        raise InputError(f"a document asks for the reference results of {protocol!r}: there are none")
+    names = list(dict.fromkeys(result["method"] for result in own))
+    for name in methods or ():
+        if name not in names:
+            raise InputError(f"a document asks for the reference results of {name!r} on {protocol!r}: there are none")
+    rows = ["| method | seeds | ACC % | BWT % | FWT % | training s | kept of the past, kB |"]
+    rows += ["|---|---:|---:|---:|---:|---:|---:|"]
+    heads = own[0]["hyper_parameters"].get("outputs") == "heads"
+    for name in methods or names:
+        runs = [result for result in own if result["method"] == name]
+        seconds = _cell(runs, "train_seconds", 0 if runs[0]["train_seconds"] >= 100 else 1)
+        transfer = "-" if heads else _cell(runs, "forward_transfer", 2)
+        rows.append(
+            f"| {name} | {len(runs)} | {_cell(runs, 'acc', 2)} | {_cell(runs, 'bwt', 2)} | {transfer} | {seconds} "
+            f"| {_cell(runs, 'bytes_held', 0, 1000)} |"
+        )
+    return "\n".join(rows)
+
+
+def _cell(runs: Sequence[Mapping[str, Any]], key: str, digits: int, divisor: float = 1) -> Cell:
+    """Mean and sample standard deviation of one figure."""
+    return cell([None if run[key] is None else run[key] / divisor for run in runs], digits)

@@ -1,0 +1,82 @@
+"""The main table of a protocol on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.report.formatting import changes, count_of, figure_interval, with_spread
+from benchmarks.report.markup import Markup, join, lines, table, tag
+from benchmarks.report.statistics import ALPHA, Comparisons
+from benchmarks.report.summary import Figure, Metric, Row, shown
+
+
+def figures_table(rows: Sequence[Row], found: Comparisons) -> Markup:
+    """Write the table.
+
+    Args:
+        rows: one for each label.
+        found: what the tests say, for the marks beside the highest ACC.
+
+    Returns:
+        The table, and below it what the marks mean.
+    """
+    metrics = shown(rows)
+    marks, explanation = _marks(rows, found)
+    body = [
+        [
+            _name(row),
+            str(len(row.seeds)),
+            *(_cell(row, row.figures[metric.key], metric, marks if metric.key == "acc" else {}) for metric in metrics),
+        ]
+        for row in rows
+    ]
+    seeds = sorted({seed for row in rows for seed in row.seeds})
+    caption = f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}; below, the 95 % t-interval."
+    made = table(caption, ["method", "seeds", *(metric.heading for metric in metrics)], body, "main")
+    return lines([made, tag("p", explanation) if explanation else ""])
+
+
+def _name(row: Row) -> Markup:
+    """Label, with what was changed where the label does not say so."""
+    changed = changes(row)
+    return join([row.label, tag("span", f" ({changed})", class_="mark") if changed and changed != row.label else ""])
+
+
+def _cell(row: Row, figure: Figure, metric: Metric, marks: dict[str, str]) -> Markup:
+    """One figure with its interval."""
+    mark = marks.get(row.label)
+    below = figure_interval(figure, metric)
+    return join(
+        [
+            with_spread(figure, metric),
+            tag("span", f" {mark}", class_="mark") if mark else "",
+            tag("small", below) if below else "",
+            tag("small", f"{count_of(figure, row)} runs") if count_of(figure, row) else "",
+        ]
+    )
+
+
+def _marks(rows: Sequence[Row], found: Comparisons) -> tuple[dict[str, str], str]:
+    """Mark the highest ACC, and those that the tests cannot tell apart from it.
+
+    Joint training sees all data at once: it is a reference, and takes no part.
+    """
+    ranked = [row for row in rows if not row.joint and row.figures["acc"].mean is not None]
+    if len(ranked) < 2:
+        return {}, ""
+    best = max(ranked, key=lambda row: row.figures["acc"].mean or 0.0)
+    marks = {best.label: "▲"}
+    untested = False
+    for row in ranked:
+        pair = found.between(best.label, row.label) if row is not best else None
+        if pair is not None and pair.corrected is None:
+            untested = True
+        elif pair is not None and not pair.differs and found.reachable:
+            marks[row.label] = "≈"
+    joint = " Joint training, which has all data at once, takes no part." if any(row.joint for row in rows) else ""
+    if not found.reachable:
+        return marks, f"▲ highest mean ACC; with so few seeds the tests cannot tell whether it is any better.{joint}"
+    text = f"▲ highest mean ACC; ≈ not told apart from it (corrected p not below {ALPHA}), which does not mean equal."
+    if untested:
+        text += " Methods without a mark may not have been tested: see below."
+    return marks, text + joint

@@ -1,0 +1,75 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+from benchmarks.report.summary import Figure, Metric, Row
+
+#: What stands for a figure that does not exist.
+MISSING = "-"
+
+
+def decimal(value: float | None, digits: int | None) -> str:
+    """Write a number.
+
+    Args:
+        value: the number; None is written as a dash.
+        digits: decimal places; None takes two below 10, one below 1000 and none above.
+    """
+    if value is None:
+        return MISSING
+    if digits is None:
+        digits = 2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
+    text = f"{value:,.{digits}f}" if abs(value) >= 1e5 else f"{value:.{digits}f}"
+    return text[1:] if text.startswith("-") and not text.strip("-0.,") else text  # no minus before zero
+
+
+def scaled(value: float | None, metric: Metric) -> float | None:
+    """Bring a number to the unit that people read."""
+    return None if value is None else value * metric.factor
+
+
+def places(figure: Figure, metric: Metric) -> int | None:
+    """Decimal places of a figure: mean, deviation and interval have the same."""
+    if metric.digits is not None or figure.mean is None:
+        return metric.digits
+    size = abs(figure.mean * metric.factor)
+    return 2 if size < 10 else 1 if size < 1000 else 0
+
+
+def with_spread(figure: Figure, metric: Metric) -> str:
+    """Write mean and sample standard deviation."""
+    digits = places(figure, metric)
+    text = decimal(scaled(figure.mean, metric), digits)
+    whole = metric.digits == 0 and figure.std == 0  # a count that is the same in all runs
+    return text if figure.std is None or whole else f"{text} ± {decimal(scaled(figure.std, metric), digits)}"
+
+
+def interval(low: float | None, high: float | None, digits: int | None) -> str:
+    """Write an interval; empty without one."""
+    if low is None or high is None:
+        return ""
+    return f"[{decimal(low, digits)}, {decimal(high, digits)}]"
+
+
+def figure_interval(figure: Figure, metric: Metric) -> str:
+    """Write the interval of a figure; empty without one, and where all runs have the same."""
+    if not figure.std:
+        return ""
+    return interval(scaled(figure.low, metric), scaled(figure.high, metric), places(figure, metric))
+
+
+def p_value(p: float | None) -> str:
+    """Write a p-value; a dash without one."""
+    if p is None:
+        return MISSING
+    return "< .001" if p < 0.001 else "1" if p >= 0.9995 else f"{p:.3f}".removeprefix("0")
+
+
+def count_of(figure: Figure, row: Row) -> str:
+    """Say how many runs have a figure, where not all have."""
+    return f"{figure.count} of {len(row.seeds)}" if 0 < figure.count < len(row.seeds) else ""
+
+
+def changes(row: Row) -> str:
+    """Write what differs from the protocol's own settings; empty if nothing does."""
+    return ", ".join(f"{key}={value}" for key, value in row.changed.items())

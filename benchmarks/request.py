@@ -1,0 +1,285 @@
+"""What the user asks a comparison for, from the command line or from a file that says the same."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import assignments
+from benchmarks.protocols import PROTOCOLS
+from benchmarks.settings import InputError, unknown
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compare.
+
+    Attributes:
+        protocols: their names.
+        methods: their names.
+        seeds: one run each.
+        data: protocol name to the user's file; the key "" stands for every protocol that needs one.
+        device: where to train.
+        assignments: what came with `--set`.
+        out: the folder of all results.
+        command: the command line, written into the report.
+        every: the methods are all there are, not a choice: those that do not suit a protocol are left out.
+        grid: key to the texts of its values.
+        name: of the report's folder below `out`; None joins the names of the protocols.
+        threads: of each run; None divides the machine's among the jobs.
+        jobs: runs at a time.
+        backend: where they run: `local`, `ray` or `dask`.
+        address: of the cluster; None lets the library find it.
+        gpu_share: fraction of a GPU that a run takes on a cluster.
+        wandb: name of a project of Weights & Biases, None to leave it out.
+        test: paired test of the report, `t` or `wilcoxon`.
+    """
+
+    protocols: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    data: Mapping[str, Path]
+    device: torch.device
+    assignments: Mapping[str, str]
+    out: Path
+    command: str
+    every: bool = False
+    grid: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    name: str | None = None
+    threads: int | None = None
+    jobs: int = 1
+    backend: str = "local"
+    address: str | None = None
+    gpu_share: float = 1.0
+    wandb: str | None = None
+    test: str = "t"
+
+    @property
+    def folder(self) -> Path:
+        """Where the report goes."""
+        return self.out / (self.name or "+".join(self.protocols))
+
+
+def parse_data(texts: Sequence[str]) -> dict[str, Path]:
+    """Read `--data [PROTOCOL=]FILE`.
+
+    Args:
+        texts: what came with the option.
+
+    Returns:
+        Protocol name, or "" for all, to file.
+
+    Raises:
+        InputError: if the same protocol gets two files.
+    """
+    files: dict[str, Path] = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        key, path = (name, rest) if equals and name in PROTOCOLS else ("", text)
+        if key in files:
+            raise InputError(f"--data gives two files for {key or 'all protocols'}: {str(files[key])!r} and {path!r}")
+        files[key] = Path(path)
+    return files
+
+
+@dataclass(frozen=True)
+class Description:
+    """A comparison as texts: what the command line has, and what a file may have.
+
+    Attributes:
+        protocols: names.
+        methods: names; None takes all that can run.
+        seeds: numbers.
+        set: `key=value` texts.
+        grid: `key=value,value` texts.
+        data: `[PROTOCOL=]FILE` texts.
+        device: `cpu`, `cuda` or `cuda:N`.
+        jobs: runs at a time.
+        threads: of each run.
+        backend: `local`, `ray` or `dask`.
+        address: of the cluster.
+        gpu_share: fraction of a GPU for each run.
+        name: of the report's folder.
+        wandb: project.
+        test: `t` or `wilcoxon`.
+    """
+
+    protocols: list[str] | None = None
+    methods: list[str] | None = None
+    seeds: list[int] | None = None
+    set: list[str] | None = None
+    grid: list[str] | None = None
+    data: list[str] | None = None
+    device: str | None = None
+    jobs: int | None = None
+    threads: int | None = None
+    backend: str | None = None
+    address: str | None = None
+    gpu_share: float | None = None
+    name: str | None = None
+    wandb: str | None = None
+    test: str | None = None
+
+
+def read_file(path: Path) -> Description:
+    """Read a comparison from a YAML file.
+
+    `set` and `grid` are mappings there (`grid: {gpm.threshold: [0.9, 0.95]}`), the other entries as in `Description`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        What it says.
+
+    Raises:
+        InputError: if it cannot be read, or an entry is unknown or of the wrong type.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--file {str(path)!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"--file {str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--file {str(path)!r} holds {type(content).__name__}; expected entries like protocols: [...]")
+    names = [own.name for own in fields(Description)]
+    for key in content:
+        if key not in names:
+            raise unknown(f"entry of {path.name}:", str(key), names)
+    read = {key: _entry(path, key, value) for key, value in content.items() if value is not None}
+    return Description(**read)
+
+
+_NUMBERS: Mapping[str, Any] = {"jobs": int, "threads": int, "gpu_share": (int, float)}
+
+
+def _entry(path: Path, key: str, value: Any) -> Any:
+    """Bring one entry of a file into the form of the command line."""
+    if key in ("set", "grid"):
+        if not isinstance(value, dict):
+            raise InputError(f"{key} in {path.name} is {value!r:.60}; expected key: value entries")
+        return [f"{name}={_values(path, key, name, own)}" for name, own in value.items()]
+    if key in ("protocols", "methods", "data", "seeds"):
+        parts = value if isinstance(value, list) else [value]
+        wanted = int if key == "seeds" else str
+        if not parts or any(isinstance(part, bool) or not isinstance(part, wanted) for part in parts):
+            raise InputError(f"{key} in {path.name} is {value!r:.60}; expected a list of {wanted.__name__}")
+        return parts
+    wanted = _NUMBERS.get(key, str)
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        kind = "a number" if key in _NUMBERS else "a text"
+        raise InputError(f"{key} in {path.name} is {value!r:.60}; expected {kind}")
+    return value
+
+
+def _values(path: Path, key: str, name: str, value: Any) -> str:
+    """Write the value of a setting, or a grid's values, as the command line has them."""
+    if key == "set":
+        return ",".join(map(_text, value)) if isinstance(value, list) else _text(value)
+    if not isinstance(value, list) or not value:
+        raise InputError(f"grid {name} in {path.name} is {value!r:.60}; expected a list of values")
+    lists = any(isinstance(part, list) for part in value)
+    texts = [",".join(map(_text, part)) if isinstance(part, list) else _text(part) for part in value]
+    # The semicolon at the end marks a list of lists even where it has one element.
+    return ";".join(texts) if lists and len(texts) > 1 else ",".join(texts)
+
+
+def _text(value: Any) -> str:
+    """Write a plain value as the command line has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def merged(file: Description, given: Description, path: Path) -> Description:
+    """Let the command line come before a file.
+
+    Args:
+        file: what the file says.
+        given: what the command line says.
+        path: of the file.
+
+    Returns:
+        Both; the name is the file's own unless one is given. The lists of `set`, `grid` and `data` are joined.
+
+    Raises:
+        InputError: if both name protocols.
+    """
+    if file.protocols and given.protocols:
+        raise InputError(f"protocols are given both in {path.name} and on the command line: leave one out")
+    joined: dict[str, Any] = {}
+    for own in fields(Description):
+        ours, theirs = getattr(given, own.name), getattr(file, own.name)
+        if own.name in ("set", "grid", "data") and ours and theirs:
+            keys = {text.partition("=")[0] for text in ours}
+            joined[own.name] = [*(text for text in theirs if text.partition("=")[0] not in keys), *ours]
+        else:
+            joined[own.name] = theirs if ours is None else ours
+    joined["name"] = joined["name"] or path.stem
+    return Description(**joined)
+
+
+def make_request(description: Description, out: Path, command: str, every: tuple[str, ...]) -> Request:
+    """Turn texts into values.
+
+    Args:
+        description: what was given.
+        out: the folder of all results.
+        command: `run` or `compare`, for the command line, which is rebuilt as a reader would type it.
+        every: the methods to take where none are given.
+
+    Returns:
+        The request.
+
+    Raises:
+        InputError: if something cannot be read, or there is no protocol.
+    """
+    from benchmarks.resources import check_device
+    from benchmarks.settings import parse_assignments
+
+    if not description.protocols:
+        raise InputError("no protocol was given; see `list`")
+    seeds = description.seeds if description.seeds is not None else [0, 1, 2]
+    test = description.test or "t"
+    if test not in ("t", "wilcoxon"):
+        raise InputError(f"--test {test!r}: expected t or wilcoxon")
+    return Request(
+        protocols=tuple(description.protocols),
+        methods=every if description.methods is None else tuple(description.methods),
+        every=description.methods is None,
+        seeds=tuple(seeds),
+        data=parse_data(description.data or ()),
+        device=check_device(description.device or "cpu"),
+        assignments=parse_assignments(description.set or ()),
+        grid=assignments.parse_grid(description.grid or ()),
+        out=out,
+        command=_command(description, seeds, command),
+        name=description.name,
+        threads=description.threads,
+        jobs=1 if description.jobs is None else description.jobs,
+        backend=description.backend or "local",
+        address=description.address,
+        gpu_share=1.0 if description.gpu_share is None else description.gpu_share,
+        wandb=description.wandb,
+        test=test,
+    )
+
+
+def _command(description: Description, seeds: Sequence[int], command: str) -> str:
+    """Write the command line that gives these results; how the runs are spread does not belong to it."""
+    words = ["python", "-m", "benchmarks", command, *(description.protocols or ())]
+    one = command == "run"
+    if description.methods is not None:
+        words += ["--method" if one else "--methods", ",".join(description.methods)]
+    words += ["--seed" if one else "--seeds", ",".join(str(seed) for seed in seeds)]
+    for option, texts in (("--data", description.data), ("--set", description.set), ("--grid", description.grid)):
+        words += [word for text in texts or () for word in (option, text)]
+    words += ["--device", description.device] if description.device not in (None, "cpu") else []
+    words += ["--threads", str(description.threads)] if description.threads is not None else []
+    return shlex.join(words)

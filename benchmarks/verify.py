@@ -1,0 +1,92 @@
+"""Doing reference runs again: does this code, on this machine, still give their results?
+
+A run agrees if its accuracy matrix is the same, or if its ACC, and its BWT, is not farther from the reference of the same
+seed than twice the standard deviation over the reference's seeds. Another machine sums in another order, and training
+follows the last digits; but it does not move a result by more than another seed would.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+#: Percent within which a run agrees, however small the spread: a few test samples.
+FLOOR = 0.3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a run compares with its reference.
+
+    Attributes:
+        protocol: of the run.
+        method: of the run.
+        seed: of the run.
+        acc: accuracy now and then, percent.
+        bwt: backward transfer now and then, percent; None where there is none.
+        allowed: how far ACC and BWT may be from the reference, percent.
+        equal: whether every accuracy is the same.
+    """
+
+    protocol: str
+    method: str
+    seed: int
+    acc: tuple[float, float]
+    bwt: tuple[float, float] | None
+    allowed: tuple[float, float]
+    equal: bool
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the run is within the spread of its reference."""
+        pairs = [(self.acc, self.allowed[0])] + ([(self.bwt, self.allowed[1])] if self.bwt is not None else [])
+        return self.equal or all(abs(now - then) <= allowed for (now, then), allowed in pairs)
+
+
+def judge(now: Mapping[str, Any], references: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Compare a run with the reference of its seed.
+
+    Args:
+        now: the run's result.
+        references: those of its protocol and method, of all seeds.
+
+    Returns:
+        The verdict.
+    """
+    (then,) = [reference for reference in references if reference["seed"] == now["seed"]]
+    has_transfer = now["bwt"] is not None and then["bwt"] is not None
+    return Verdict(
+        protocol=now["protocol"],
+        method=now["method"],
+        seed=now["seed"],
+        acc=(now["acc"], then["acc"]),
+        bwt=(now["bwt"], then["bwt"]) if has_transfer else None,
+        allowed=(_allowed(references, "acc"), _allowed(references, "bwt")),
+        equal=now["accuracy_matrix"] == then["accuracy_matrix"],
+    )
+
+
+def _allowed(references: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Twice the sample standard deviation over seeds, and at least `FLOOR`."""
+    known = [reference[key] for reference in references if reference[key] is not None]
+    return max(FLOOR, 2 * statistics.stdev(known)) if len(known) > 1 else FLOOR
+
+
+def table(verdicts: Sequence[Verdict]) -> Table:
+    """Make a table for the terminal."""
+    result = Table(title="ACC and BWT %, now (reference ± allowed)", title_justify="left", padding=(0, 0))
+    for name in ("run", "ACC", "BWT", "verdict"):
+        result.add_column(name)
+    for own in verdicts:
+        cells = [_cell(own.acc, own.allowed[0]), "-" if own.bwt is None else _cell(own.bwt, own.allowed[1])]
+        word = "equal" if own.equal else "agrees" if own.agrees else "DIFFERS"
+        result.add_row(f"{own.protocol} {own.method} seed {own.seed}", *cells, word)
+    return result
+
+
+def _cell(pair: tuple[float, float], allowed: float) -> str:
+    return f"{pair[0]:.2f} ({pair[1]:.2f} ± {allowed:.2f})"

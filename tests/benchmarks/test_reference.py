@@ -1,0 +1,184 @@
+"""Reference results: collected, chosen, held against new runs, and put into documents; with numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import gather, readme, reference, verify
+from benchmarks.cli import app
+from benchmarks.settings import InputError
+
+
+def result(protocol="digits-permuted", method="naive", seed=0, acc=90.0, bwt=-5.0, **more):
+    return {
+        "format": 2,
+        "protocol": protocol,
+        "method": method,
+        "seed": seed,
+        "changed": {},
+        "hyper_parameters": {"epochs": 4, "outputs": "heads" if protocol == "digits-split" else None},
+        "accuracy_matrix": [[acc]],
+        "acc": acc,
+        "bwt": bwt,
+        "forward_transfer": 1.0,
+        "train_seconds": 1.23456789,
+        "bytes_held": None,
+        "loss_matrix": [[0.123456789]],
+        "method_report": None,
+        "key": "abc",
+    } | more
+
+
+def write(folder, *results):
+    for number, own in enumerate(results):
+        path = folder / str(number) / "result.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(own))
+    return folder
+
+
+def test_collecting_keeps_finished_runs_of_unchanged_settings(tmp_path):
+    changed = result(method="ewc", changed={"epochs": "1"})
+    old = result(method="gpm", format=1)
+    folder = write(tmp_path / "a", result(), result(seed=1, acc=91.0), changed, old, {"format": 2})
+    (folder / "broken.json").write_text("{")
+    files = reference.collect([folder], tmp_path / "kept")
+    assert [file.name for file in files] == ["naive-seed0.json", "naive-seed1.json"]
+    kept = reference.read(tmp_path / "kept")
+    assert [own["acc"] for own in kept] == [90.0, 91.0]
+    assert kept[0]["loss_matrix"] == [[0.123457]]
+    assert kept[0]["train_seconds"] == 1.23457
+    assert "key" not in kept[0]
+    assert reference.as_text(kept[0]) == files[0].read_text()
+
+
+def test_two_runs_that_differ_cannot_both_be_the_reference(tmp_path):
+    folder = write(tmp_path / "a", result(), result(acc=91.0))
+    with pytest.raises(InputError, match="two runs of naive-seed0"):
+        reference.collect([folder], tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+    reference.collect([write(tmp_path / "b", result(), result(train_seconds=9.0))], tmp_path / "kept")
+
+
+def test_an_empty_folder_and_a_damaged_reference_are_named(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "naive-seed0.json").write_text("{}")
+    with pytest.raises(InputError, match="no finished run"):
+        reference.collect([tmp_path], tmp_path / "kept")
+    with pytest.raises(InputError, match=r"x/naive-seed0\.json is not of format 2"):
+        reference.read(tmp_path)
+
+
+def test_choosing():
+    everything = [result(), result(seed=1), result(method="gpm"), result(protocol="digits-split")]
+    assert reference.choose(everything, ["digits-permuted"], ["naive"], [1]) == [everything[1]]
+    assert reference.choose(everything, [], [], []) == everything
+    for arguments, name in (
+        ((["digit-split"], [], []), "digits-split"),
+        (([], ["gmp"], []), "gpm"),
+        (([], [], [7]), "0"),
+    ):
+        with pytest.raises(InputError, match=name):
+            reference.choose(everything, *arguments)
+
+
+SPREAD = [result(seed=seed, acc=acc, bwt=bwt) for seed, acc, bwt in ((0, 90.0, -5.0), (1, 92.0, -7.0), (2, 94.0, -6.0))]
+
+
+@pytest.mark.parametrize(
+    ("acc", "bwt", "agrees"),
+    [(94.0, -5.0, True), (94.1, -5.0, False), (86.0, -3.0, True), (90.0, -7.1, False), (90.0, -3.0, True)],
+)
+def test_a_run_agrees_within_twice_the_deviation_of_its_reference(acc, bwt, agrees):
+    """Sample deviations over seeds: 2 of ACC, 1 of BWT."""
+    verdict = verify.judge(result(acc=acc, bwt=bwt, accuracy_matrix=[[acc + 1]]), SPREAD)
+    assert verdict.allowed == (pytest.approx(4.0), pytest.approx(2.0))
+    assert verdict.agrees is agrees
+    assert not verdict.equal
+
+
+def test_equal_runs_agree_and_a_small_spread_has_a_floor():
+    same = [result(seed=seed, acc=50.0, bwt=None) for seed in (0, 1)]
+    assert verify.judge(same[1], same).equal
+    near = verify.judge(result(acc=50.2, bwt=None, accuracy_matrix=[[1.0]]), same)
+    assert (near.allowed[0], near.agrees, near.bwt) == (0.3, True, None)
+    assert not verify.judge(result(acc=50.4, bwt=None, accuracy_matrix=[[1.0]]), same).agrees
+
+
+def test_tables_of_documents_hold_means_and_deviations():
+    text = "a\n<!-- reference: digits-permuted methods=gpm,naive -->\nold\n<!-- end of reference -->\nz\n"
+    kept = [*SPREAD, result(method="gpm", acc=95.5, bytes_held=18_448)]
+    filled = readme.fill(text, kept)
+    assert "| naive | 3 | 92.00 ± 2.00 | -6.00 ± 1.00 | 1.00 ± 0.00 | 1.2 ± 0.0 | - |" in filled
+    assert "| gpm | 1 | 95.50 | -5.00 | 1.00 | 1.2 | 18 |" in filled
+    assert filled.index("| gpm") < filled.index("| naive")
+    assert "old" not in filled
+    assert filled.startswith("a\n<!-- reference: digits-permuted methods=gpm,naive -->\n\n| method")
+    assert filled.endswith("|\n<!-- end of reference -->\nz\n")
+    assert readme.fill(filled, kept) == filled
+    with_heads = readme.fill(text.replace("permuted", "split").replace("gpm,", ""), [result(protocol="digits-split")])
+    assert "| naive | 1 | 90.00 | -5.00 | - |" in with_heads
+    for wrong in ("nothing", "digits-permuted methods=ewc"):
+        with pytest.raises(InputError, match=wrong.split("=")[-1]):
+            readme.fill(f"<!-- reference: {wrong} -->\n<!-- end of reference -->", kept)
+
+
+def test_the_readme_is_up_to_date():
+    root = reference.FOLDER.parents[1]
+    for name in readme.DOCUMENTS:
+        text = (root / name).read_text(encoding="utf-8")
+        assert "<!-- reference: " in text
+        assert readme.fill(text, reference.read()) == text, "run `python -m benchmarks readme`"
+
+
+def test_every_reference_is_of_the_protocols_own_settings():
+    import torch
+
+    from benchmarks.jobs import make_job
+
+    for own in reference.read():
+        job = make_job(own["protocol"], own["method"], own["seed"], torch.device("cpu"), {})
+        assert json.loads(json.dumps(job.hyper_parameters)) == own["hyper_parameters"], own["method"]
+
+
+def test_gathering_tells_runs_of_changed_settings_apart(tmp_path):
+    folder = write(tmp_path / "a", result(), result(changed={"lr": "1"}), result(seed=1))
+    (folder / "status.json").write_text('{"experience": 1}')
+    found = gather.study([folder], "mine")
+    assert [(own["label"], own["seed"]) for own in found.results] == [("naive", 0), ("naive", 1), ("naive lr=1", 0)]
+    with pytest.raises(InputError, match="two results of digits-permuted naive 0"):
+        gather.study([folder, write(tmp_path / "b", result())], "mine")
+    with pytest.raises(InputError, match="no folder"):
+        gather.study([tmp_path / "c"], "mine")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no result of format 2"):
+        gather.study([tmp_path / "empty"], "mine")
+
+
+def digits():
+    return sorted(
+        {(own["protocol"], own["method"]) for own in reference.read() if own["protocol"].startswith("digits")}
+    )
+
+
+@pytest.mark.parametrize(("protocol", "method"), digits())
+def test_the_digits_agree_with_their_reference(tmp_path, protocol, method):
+    """A whole run of each: about a second."""
+    arguments = ["verify", protocol, "--methods", method, "--seeds", "0", "--out", str(tmp_path)]
+    found = CliRunner().invoke(app, arguments, env={"COLUMNS": "150"})
+    assert found.exit_code == 0, found.output
+    assert f"{protocol} {method} seed 0" in found.stdout
+    assert "1 of 1 runs agree" in found.stdout
+
+
+def test_verify_fails_where_a_run_differs(tmp_path, monkeypatch):
+    kept = [own for own in reference.read() if (own["protocol"], own["method"]) == ("digits-split", "naive")]
+    wrong = [{**own, "acc": own["acc"] + 30, "accuracy_matrix": [[0.0]]} for own in kept]
+    monkeypatch.setattr(reference, "read", lambda: wrong)
+    found = CliRunner().invoke(app, ["verify", "digits-split", "--methods", "naive", "--out", str(tmp_path)])
+    assert found.exit_code == 1
+    assert "DIFFERS" in found.stdout
+    assert "0 of 1 runs agree" in found.stdout
