@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+from benchmarks import external
 from benchmarks.methods import METHODS, find_method
 from benchmarks.protocols import PROTOCOLS, find_protocol, resolve
 from benchmarks.settings import InputError, settable, unknown
@@ -56,7 +57,7 @@ def check(protocols: Sequence[str], methods: Sequence[str], assignments: Mapping
             _check(rest, {known for m in methods for known in _known(name, m)}, f" of {name}")
         elif name in methods:
             _check(rest, {known for p in protocols for known in _known(p, name)}, f" of {name}")
-        elif name in METHODS or name in PROTOCOLS:
+        elif name in METHODS or name in external.found() or name in PROTOCOLS:
             raise InputError(f"{key}: {name} is not among what is to be run ({', '.join([*protocols, *methods])})")
         else:
             raise unknown(f"method or protocol in {key!r}:", name, [*protocols, *methods])

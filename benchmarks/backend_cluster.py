@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
@@ -115,7 +115,9 @@ class _Backend(ParallelBackendBase):
             self._handles.pop(index, None)
 
 
-def run(work: Callable[[Any], Any], items: Sequence[Any], jobs: int, cluster: Cluster) -> Iterator[tuple[int, Any]]:
+def run(
+    work: Callable[[Any], Any], items: Sequence[Any], jobs: int, cluster: Cluster
+) -> Generator[tuple[int, Any], None, None]:
     """Run items on a cluster.
 
     Args:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -53,7 +53,7 @@ def run(
     jobs: int,
     threads: int,
     scratch: Path | None,
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """Run items in processes of this machine.
 
     Args:
@@ -103,7 +103,7 @@ def run(
 
 def _round(
     work: Callable[[Any], Any], pending: dict[int, Any], sent: set[int], pool: _Pool, jobs: int, threads: int
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """Go through the pending items with one pool."""
     shell = make_shell()
 

@@ -8,7 +8,9 @@ whether they fit is for the user to say with the number of jobs. No job is bound
 the device is part of the run. On a cluster, the cluster gives each run its share of a GPU (see `gpu_share`).
 
 Runs on a cluster need the same code on its machines. Runs set the state of their process (seeds, threads), so
-no two may share one: Ray gives each a process of its own, Dask workers must have one thread.
+no two may share one: Ray gives each a process of its own, Dask workers must have one thread. Dask itself tries
+a run whose worker died on several workers before it says so (`distributed.scheduler.allowed-failures`), and a
+cluster that has lost all its workers keeps the runs until it has some again.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import importlib.util
 import socket
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +32,6 @@ __all__ = ["Failure", "Options", "check", "execute"]
 
 Item = TypeVar("Item")
 Finished = TypeVar("Finished")
-Work = Callable[[Item], Finished]
-Outcomes = Iterator[tuple[int, "Finished | Failure"]]
 
 #: Seconds to wait for a cluster.
 PATIENCE = 10.0
@@ -97,7 +97,7 @@ def check(options: Options) -> None:
 
 def execute(
     work: Callable[[Item], Finished], items: Sequence[Item], options: Options, scratch: Path | None = None
-) -> Iterator[tuple[int, Finished | Failure]]:
+) -> Generator[tuple[int, Finished | Failure], None, None]:
     """Do all runs; none that fails or kills its worker takes another one with it.
 
     A run whose worker died is done once more, and is given up when its worker died again. Close the iterator
@@ -129,7 +129,9 @@ def execute(
         yield from outcomes
 
 
-def _in_process(work: Work, items: Sequence[Any], threads: int | None) -> Iterator[tuple[int, Any]]:
+def _in_process(
+    work: Callable[[Any], Any], items: Sequence[Any], threads: int | None
+) -> Generator[tuple[int, Any], None, None]:
     """Do the runs here, one after the other; an interruption passes through."""
     before = None
     if threads is not None:
@@ -150,7 +152,9 @@ def _in_process(work: Work, items: Sequence[Any], threads: int | None) -> Iterat
             torch.set_num_threads(before)
 
 
-def _on_ray(work: Work, items: Sequence[Any], options: Options) -> Iterator[tuple[int, Any]]:
+def _on_ray(
+    work: Callable[[Any], Any], items: Sequence[Any], options: Options
+) -> Generator[tuple[int, Any], None, None]:
     """Do the runs on Ray."""
     from benchmarks import backend_cluster, backend_ray
 
@@ -160,7 +164,9 @@ def _on_ray(work: Work, items: Sequence[Any], options: Options) -> Iterator[tupl
             yield from outcomes
 
 
-def _on_dask(work: Work, items: Sequence[Any], options: Options) -> Iterator[tuple[int, Any]]:
+def _on_dask(
+    work: Callable[[Any], Any], items: Sequence[Any], options: Options
+) -> Generator[tuple[int, Any], None, None]:
     """Do the runs on Dask."""
     from benchmarks import backend_cluster, backend_dask
 

@@ -1,8 +1,8 @@
 """Doing reference runs again: does this code, on this machine, still give their results?
 
-A run agrees if its accuracy matrix is the same, or if its ACC, and its BWT, is not farther from the reference of the same
-seed than twice the standard deviation over the reference's seeds. Another machine sums in another order, and training
-follows the last digits; but it does not move a result by more than another seed would.
+A run agrees if its accuracy matrix is the same, or if its ACC, and its BWT, is not farther from the reference of the
+same seed than twice the standard deviation over the reference's seeds. Another machine sums in another order, and
+training follows the last digits; but that does not move a result by more than another seed would.
 """
 
 from __future__ import annotations

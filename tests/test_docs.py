@@ -18,15 +18,17 @@ import pytest
 import torch
 import typer
 
+from benchmarks import plan
 from benchmarks.cli import app
 from benchmarks.methods import METHODS
 from benchmarks.protocols import PROTOCOLS
+from benchmarks.request import make_request, read_file
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "l2_anchor"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 #: Languages of blocks; only `python` is run.
-LANGUAGES = {"", "bash", "python", "text", "toml"}
+LANGUAGES = {"", "bash", "python", "text", "toml", "yaml"}
 #: Methods that the pages give as examples of somebody else's.
 OTHERS = {"mine", "l2-anchor"}
 
@@ -83,6 +85,17 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 def test_blocks_have_known_languages(page):
     for language, line, _ in blocks(page):
         assert language in LANGUAGES, f"{name_of(page)}:{line}: {language}"
+
+
+def test_files_that_say_the_same_are_read(tmp_path):
+    """Every YAML block is a comparison that could be carried out."""
+    found = [block for page in PAGES for language, _, block in blocks(page) if language == "yaml"]
+    assert found
+    for block in found:
+        (tmp_path / "study.yaml").write_text(block)
+        request = make_request(read_file(tmp_path / "study.yaml"), tmp_path / "results", "compare", ("naive",))
+        runs = plan.prepare(request).runs
+        assert len({run.folder.key for run in runs}) == len(runs) > 1
 
 
 def commands(page: Path) -> list[list[str]]:

@@ -34,6 +34,7 @@ PMNIST_KFAC = Protocol(
     epochs=4,
     optimizer="adam",
     lr=0.001,
+    lr_decay=1.0,
     train_batch=250,
     test_batch=1000,
     methods=settings_of_methods(
@@ -49,7 +50,7 @@ PMNIST_KFAC = Protocol(
     sources=MappingProxyType(
         {
             "experiences": "arXiv 1805.07810: permuted MNIST, up to 50 experiences",
-            "model, hidden, optimizer, lr, epochs, train_batch": f"{HERE}: the paper's were not found",
+            "model, hidden, optimizer, lr, lr_decay, epochs, train_batch": f"{HERE}: the paper's were not found",
             "strength, ewc_lambda": f"{HERE}, each by test accuracy with seed 0 over 0.1, 1, 10, ... 10000; in arXiv "
             "1805.07810 1 is natural, and 3 was best in validation (with diagonal factors)",
             "all other methods": f"{HERE}, not searched",
@@ -74,6 +75,7 @@ PMNIST_BN = replace(
     name="pmnist-bn",
     summary="the same with BatchNorm after each hidden layer",
     model="mlp-bn",
+    lr_decay=None,
     methods=MappingProxyType({**PMNIST_KFAC.methods, **_BATCH_NORM}),
     sources=MappingProxyType(
         {

@@ -86,11 +86,16 @@ def _numbers(axes: Any, matrix: Matrix, scale: Normalize) -> None:
             if value is None:
                 axes.text(j + 0.5, i + 0.5, "-", ha="center", va="center", fontsize=8)
                 continue
-            colour = "white" if luminance(_COLOURS(scale(value))) < 0.179 else "black"
+            colour = ink(_COLOURS(scale(value)))
             text = "100" if value >= 99.95 else f"{value:.1f}"
             # What is not yet learned is smaller: the eye goes to what is.
             size = (8.5 if j <= i or len(matrix) < len(row) else 7.5) - (len(row) > 6)
             axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=size, color=colour)
+
+
+def ink(colour: Sequence[float]) -> str:
+    """Return the colour that text has on another one: whichever of black and white has the higher contrast."""
+    return "white" if luminance(colour) < 0.179 else "black"
 
 
 def luminance(colour: Sequence[float]) -> float:

@@ -17,7 +17,7 @@ MARKERS = tuple((shape, False) for shape in "os^DvPX*") + tuple((shape, True) fo
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2), (8, 2, 1.5, 1.5, 1.5, 2))
 
 #: Reference lines (joint training) look like nothing else.
-REFERENCE = {"color": "#444444", "linewidth": 1.2, "dashes": (2.0, 3.0)}
+REFERENCE: dict[str, Any] = {"color": "#444444", "linewidth": 1.2, "dashes": (2.0, 3.0)}
 
 
 @dataclass(frozen=True)

@@ -101,10 +101,10 @@ def _section(study: Study, name: str, test: Test) -> list[str]:
             notes.append(
                 f"Published for {each.row.label}: ACC {acc}{bwt} ({each.record.source}); {verdict}: {each.differences}."
             )
-    for each in around.circumstances(runs):
-        if each.mixed:
-            values = "; ".join(f"{value} ({', '.join(labels)})" for value, labels in each.values.items())
-            notes.append(f"**Warning**: {each.name} differs between runs: {values}.")
+    for thing in around.circumstances(runs):
+        if thing.mixed:
+            values = "; ".join(f"{value} ({', '.join(labels)})" for value, labels in thing.values.items())
+            notes.append(f"**Warning**: {thing.name} differs between runs: {values}.")
     notes += [f"Memory: {text}." for text in around.memory_notes(runs)]
     notes += [f"Note: {note}." for note in known.notes]
     notes += around.further_notes(runs)

@@ -1,4 +1,4 @@
-"""Reference results: collected, chosen, held against new runs, and put into documents; with numbers worked out by hand."""
+"""Reference results: collected, chosen, held against new runs, put into documents; with numbers worked out by hand."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.report import matrices
-from benchmarks.report.heatmaps import lower_end, luminance
+from benchmarks.report.heatmaps import ink, lower_end, luminance
 from benchmarks.report.look import COLOURS, DASHES, MARKERS, styles
 from benchmarks.report.plots import Plot, plots
 from benchmarks.report.svg import canvas, drawing, to_svg
@@ -110,7 +110,8 @@ def test_numbers_can_be_read_on_their_cells() -> None:
     colours = matplotlib.colormaps["cividis"]
     for step in range(101):
         on = luminance(colours(step / 100))
-        chosen = 1.05 / (on + 0.05) if on < 0.179 else (on + 0.05) / 0.05
+        contrasts = {"white": 1.05 / (on + 0.05), "black": (on + 0.05) / 0.05}
+        chosen = contrasts[ink(colours(step / 100))]
         assert chosen >= 4.5
 
 
