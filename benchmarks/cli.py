@@ -123,8 +123,8 @@ def run(
         name=f"{protocol}-{method}",
     )
     outcome, planned = carry_out(description, out, "run")
-    if outcome.done:
-        typer.echo(planned.runs[0].folder.result)
+    tell_failures(outcome, planned)
+    typer.echo(planned.runs[0].folder.result)
 
 
 @app.command()
@@ -176,7 +176,7 @@ def compare(
         test=test,
     )
     description = given if file is None else merged(read_file(file), given, file)
-    outcome, _ = carry_out(description, out, "compare")
+    outcome, planned = carry_out(description, out, "compare")
     console = Console()
     for protocol in dict.fromkeys(own.job.protocol.name for own, _ in outcome.done):
         chosen = [{**result, "method": own.label} for own, result in outcome.done if own.job.protocol.name == protocol]
@@ -185,6 +185,7 @@ def compare(
     for path in outcome.files:
         if path.endswith(".html"):
             typer.echo(f"report: {path}", err=True)
+    tell_failures(outcome, planned)
 
 
 @app.command()
@@ -228,7 +229,7 @@ def read_seeds(text: str) -> list[int]:
 
 
 def carry_out(description: Any, out: Path, command: str) -> tuple[Any, Any]:
-    """Check a description, do its runs, and end with the exit code that tells how they went."""
+    """Check a description, do its runs, and return what became of them with the plan."""
     from benchmarks import compare as comparison
     from benchmarks import plan
     from benchmarks.request import make_request
@@ -242,9 +243,13 @@ def carry_out(description: Any, out: Path, command: str) -> tuple[Any, Any]:
     outcome = comparison.Outcome()
     with _interruptible(out):
         comparison.carry_out(request, planned, outcome)
+    return outcome, planned
+
+
+def tell_failures(outcome: Any, planned: Any) -> None:
+    """Say what failed, and end with the exit code that tells so."""
     for own, message in outcome.failures:
         typer.echo(f"failed: {own}: {message}", err=True)
     if outcome.failures:
-        typer.echo(f"{len(outcome.done)} of {len(planned.runs)} runs are kept in {out / 'runs'}", err=True)
+        typer.echo(f"{len(outcome.done)} of {len(planned.runs)} runs have finished and are kept", err=True)
         raise typer.Exit(_FAILED)
-    return outcome, planned

@@ -89,7 +89,8 @@ def verify(
             threads=own[0]["threads"],
             name=f"verify-{name}",
         )
-        outcome, _ = cli.carry_out(description, out, "compare")
+        outcome, planned = cli.carry_out(description, out, "compare")
+        cli.tell_failures(outcome, planned)
         for _, result in outcome.done:
             same = [r for r in everything if (r["protocol"], r["method"]) == (name, result["method"])]
             if any(reference["seed"] == result["seed"] for reference in same):

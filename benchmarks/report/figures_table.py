@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.report.formatting import changes, count_of, figure_interval, with_spread
+from benchmarks.report.formatting import count_of, figure_interval, shared_changes, unsaid_changes, with_spread
 from benchmarks.report.markup import Markup, join, lines, table, tag
 from benchmarks.report.statistics import ALPHA, Comparisons
 from benchmarks.report.summary import Figure, Metric, Row, shown
@@ -24,7 +24,7 @@ def figures_table(rows: Sequence[Row], found: Comparisons) -> Markup:
     marks, explanation = _marks(rows, found)
     body = [
         [
-            _name(row),
+            _name(row, rows),
             str(len(row.seeds)),
             *(_cell(row, row.figures[metric.key], metric, marks if metric.key == "acc" else {}) for metric in metrics),
         ]
@@ -33,13 +33,15 @@ def figures_table(rows: Sequence[Row], found: Comparisons) -> Markup:
     seeds = sorted({seed for row in rows for seed in row.seeds})
     caption = f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}; below, the 95 % t-interval."
     made = table(caption, ["method", "seeds", *(metric.heading for metric in metrics)], body, "main")
-    return lines([made, tag("p", explanation) if explanation else ""])
+    shared = ", ".join(f"{key}={value}" for key, value in shared_changes(rows).items())
+    note = tag("p", f"Changed from the protocol in all rows: {shared}.") if shared else ""
+    return lines([made, note, tag("p", explanation) if explanation else ""])
 
 
-def _name(row: Row) -> Markup:
+def _name(row: Row, rows: Sequence[Row]) -> Markup:
     """Label, with what was changed where the label does not say so."""
-    changed = changes(row)
-    return join([row.label, tag("span", f" ({changed})", class_="mark") if changed and changed != row.label else ""])
+    changed = unsaid_changes(row, rows)
+    return join([row.label, tag("span", f" ({changed})", class_="mark") if changed else ""])
 
 
 def _cell(row: Row, figure: Figure, metric: Metric, marks: dict[str, str]) -> Markup:

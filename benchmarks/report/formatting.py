@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from benchmarks.report.summary import Figure, Metric, Row
 
 #: What stands for a figure that does not exist.
@@ -73,3 +75,15 @@ def count_of(figure: Figure, row: Row) -> str:
 def changes(row: Row) -> str:
     """Write what differs from the protocol's own settings; empty if nothing does."""
     return ", ".join(f"{key}={value}" for key, value in row.changed.items())
+
+
+def shared_changes(rows: Sequence[Row]) -> dict[str, str]:
+    """Return what was changed alike for all rows."""
+    found = dict(rows[0].changed) if rows else {}
+    return {key: value for key, value in found.items() if all(row.changed.get(key) == value for row in rows)}
+
+
+def unsaid_changes(row: Row, rows: Sequence[Row]) -> str:
+    """Write what was changed of a row that neither its label nor all rows say; empty if there is nothing."""
+    said = {*row.label.split()[1:], *(f"{key}={value}" for key, value in shared_changes(rows).items())}
+    return ", ".join(text for text in changes(row).split(", ") if text and text not in said)

@@ -6,7 +6,7 @@ import csv
 import io
 
 from benchmarks.report import circumstances as around
-from benchmarks.report.formatting import changes, count_of, with_spread
+from benchmarks.report.formatting import count_of, shared_changes, unsaid_changes, with_spread
 from benchmarks.report.protocol_facts import beside, facts, named, published_text
 from benchmarks.report.statistics import NAMES, Test, compare_pairs
 from benchmarks.report.study import Study
@@ -76,7 +76,7 @@ def _section(study: Study, name: str, test: Test) -> list[str]:
             ["method", "seeds", *(metric.heading for metric in metrics)],
             [
                 [
-                    row.label + (f" ({changes(row)})" if row.changed else ""),
+                    " ".join([row.label, *(f"({text})" for text in [unsaid_changes(row, rows)] if text)]),
                     str(len(row.seeds)),
                     *(_figure(row, metric) for metric in metrics),
                 ]
@@ -85,6 +85,8 @@ def _section(study: Study, name: str, test: Test) -> list[str]:
         )
         seeds = sorted({seed for row in rows for seed in row.seeds})
         notes.append(f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}.")
+        shared = ", ".join(f"{key}={value}" for key, value in shared_changes(rows).items())
+        notes += [f"Changed from the protocol in all rows: {shared}."] if shared else []
         found = compare_pairs(runs, test=test)
         if found.tested:
             alike = sum(not pair.differs for pair in found.pairs if pair.corrected is not None)

@@ -43,6 +43,14 @@ def await_path(path, seconds=40):
         time.sleep(0.01)
 
 
+def await_begun(folder, *names):
+    """Wait until runs have begun and said in which process."""
+    for name in names:
+        await_path(folder / name)
+        while not (folder / name).read_text().endswith("\n"):
+            time.sleep(0.01)
+
+
 def work(item):
     """Do what an item says; the folder of an item is shared with the test."""
     what, folder, name = item
@@ -264,7 +272,7 @@ def test_leaving_early_stops_the_workers_without_a_word(tmp_path, recwarn):
     todo = items(tmp_path, ("", "a"), ("wait", "b"), ("wait", "c"))
     with closing(execute(work, todo, Options(jobs=2, threads=1))) as outcomes:
         assert next(outcomes) == (0, "a")
-        await_path(tmp_path / "c")
+        await_begun(tmp_path, "b", "c")
     await_gone([int((tmp_path / name).read_text()) for name in "abc"], seconds=2)
     assert [str(warning.message) for warning in recwarn] == []
 
@@ -297,9 +305,7 @@ def test_no_orphans(tmp_path, stop):
         text=True,
     )
     try:
-        for name in "ab":
-            await_path(tmp_path / name)
-        time.sleep(0.1)
+        await_begun(tmp_path, "a", "b")
         if stop == "Ctrl-C":
             os.killpg(driver.pid, signal.SIGINT)
         else:

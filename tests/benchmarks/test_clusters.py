@@ -19,6 +19,7 @@ from benchmarks.settings import InputError
 from tests.benchmarks.test_backends import (
     ROOT,
     Unloadable,
+    await_begun,
     await_gone,
     await_path,
     count,
@@ -96,8 +97,7 @@ def test_two_runs_at_a_time_in_two_workers_that_are_not_this_process(tmp_path, o
     todo = items(tmp_path, ("wait", "a"), ("wait", "b"), ("raise", "c"))
 
     def release():
-        await_path(tmp_path / "a")
-        await_path(tmp_path / "b")
+        await_begun(tmp_path, "a", "b")
         (tmp_path / "release").touch()
 
     threading.Thread(target=release).start()
@@ -146,8 +146,7 @@ def test_an_interruption_stops_the_runs(tmp_path, options):
     outcomes = execute(endless, [(tmp_path, "a"), (tmp_path, "b"), (tmp_path, "c")], options)
 
     def interrupt():
-        await_path(tmp_path / "a")
-        await_path(tmp_path / "b")
+        await_begun(tmp_path, "a", "b")
         signal.raise_signal(signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
