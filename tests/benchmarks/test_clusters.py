@@ -249,3 +249,38 @@ def test_a_scheduler_without_workers_is_refused(monkeypatch):
     monkeypatch.setattr(backends, "PATIENCE", 1.0)
     with distributed.LocalCluster(n_workers=0, dashboard_address=":0", processes=False) as cluster:
         refused(Options("dask", address=cluster.scheduler_address), "has no workers", 10)
+
+
+def test_a_comparison_on_a_cluster_equals_one_in_this_process(tmp_path, options):
+    """Real runs in both workers, with the results of this process and the same keys."""
+    import json
+
+    from typer.testing import CliRunner
+
+    from benchmarks.cli import app
+
+    settings = [
+        "--set",
+        "epochs=1",
+        "--set",
+        "train_limit=40",
+        "--set",
+        "n_experiences=2",
+        "--set",
+        "gem.gem_patterns=10",
+        "--threads",
+        "1",
+    ]
+    command = ["compare", "digits-split", "--methods", "naive,gem", "--seeds", "0,1", *settings]
+    cluster = ["--backend", options.backend, "--address", options.address, "--jobs", "2"]
+    accuracies = {}
+    for where, more in (("there", cluster), ("here", [])):
+        found = CliRunner().invoke(app, [*command, *more, "--out", str(tmp_path / where)])
+        assert found.exit_code == 0, found.output
+        files = sorted((tmp_path / where / "runs").rglob("result.json"))
+        assert len(files) == 4
+        accuracies[where] = {file.parent.name: json.loads(file.read_text())["accuracy_matrix"] for file in files}
+        assert (tmp_path / where / "digits-split" / "report.html").exists()
+    assert accuracies["there"] == accuracies["here"]
+    logs = [file.read_text() for file in (tmp_path / "there").rglob("log.txt")]
+    assert len({log.split("process ")[1].split()[0] for log in logs} - {str(os.getpid())}) == 2

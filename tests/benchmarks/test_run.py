@@ -184,3 +184,57 @@ def test_peak_memory_sees_what_was_freed_again():
 def test_devices_that_are_not_there_are_refused(device):
     with pytest.raises(InputError, match=device):
         resources.check_device(device)
+
+
+def test_operations_without_a_deterministic_version_are_noted_once():
+    import warnings
+
+    found, others = [], []
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *rest: others.append(str(message))
+        for _ in range(2):  # a second run in the same process has to be told, too
+            with resources.noting_nondeterminism(found):
+                for _ in range(2):
+                    warnings.warn("cumsum_cuda_kernel does not have a deterministic implementation, but", stacklevel=1)
+                warnings.warn("something else", stacklevel=1)
+    assert found == ["cumsum_cuda_kernel"]
+    assert others == ["something else"] * 2
+
+
+def test_forward_transfer_worked_out_by_hand():
+    matrix = [[90.0, 30.0, 20.0], [70.0, 80.0, 40.0], [75.0, 50.0, 60.0]]
+    assert evaluate.forward_transfer(matrix, [10.0, 25.0, 15.0]) == pytest.approx(((30 - 25) + (40 - 15)) / 2)
+    assert evaluate.forward_transfer([[90.0]], [10.0]) is None
+    assert evaluate.forward_transfer([[90.0, 80.0]], [10.0, 10.0]) is None
+
+
+def test_initial_accuracies_and_losses_are_those_of_the_untrained_network():
+    result = once("digits-permuted", "naive", seed=3)
+    job = make_job("digits-permuted", "naive", 3, CPU, {"train_limit": "100", "n_experiences": "3"})
+    stream = build_stream(job.protocol, read_digits(), 3)
+    torch.manual_seed(3)
+    model = build_model("mlp", stream, 100)
+    for position, wanted in enumerate(result["initial_accuracies"]):
+        x, y = stream.test[position].as_tensors()
+        assert 100 * (model(x).argmax(1) == y).double().mean().item() == pytest.approx(wanted)
+    assert np.shape(result["loss_matrix"]) == (3, 3)
+
+
+def test_epoch_curves_are_means_over_the_batches_before_their_step():
+    """One batch an epoch: its loss is that of the network at the beginning of the epoch."""
+    result = once("digits-permuted", "naive", seed=3, train_batch="1000", epochs="3")
+    job = make_job("digits-permuted", "naive", 3, CPU, {"train_limit": "100", "n_experiences": "3"})
+    stream = build_stream(job.protocol, read_digits(), 3)
+    torch.manual_seed(3)
+    model = build_model("mlp", stream, 100)
+    x, y = stream.train[0].as_tensors()
+    for loss, accuracy in result["experiences"][0]["epochs"]:
+        outputs = model(x)
+        own = nn.functional.cross_entropy(outputs, y)
+        assert own.item() == pytest.approx(loss, rel=1e-5)
+        assert 100 * (outputs.argmax(1) == y).double().mean().item() == pytest.approx(accuracy)
+        model.zero_grad()
+        own.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(0.1 * parameter.grad)
