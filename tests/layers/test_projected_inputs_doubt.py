@@ -225,7 +225,7 @@ def test_a_backward_pass_after_the_context_is_projected_all_the_same():
 @pytest.mark.parametrize("bias", [True, False])
 def test_memory_that_is_used_again_is_no_proof(bias):
     """A gradient is formed and dropped (say, for an adversarial input); the one that stays comes another way."""
-    for _ in range(200):  # until the allocator does it
+    for _ in range(40):  # until the allocator does it
         layer = nn.Linear(200, 100, bias=bias)
         _, columns, inputs = taken_over(layer)
         with inputs.active():
