@@ -63,6 +63,31 @@ def check(protocols: Sequence[str], methods: Sequence[str], assignments: Mapping
             raise unknown(f"method or protocol in {key!r}:", name, [*protocols, *methods])
 
 
+def check_hidden(protocol: str, method: str, given: Mapping[str, str], grid: Grid) -> None:
+    """Refuse a grid over what is set for a run already.
+
+    Args:
+        protocol: of the run.
+        method: of the run.
+        given: what is set.
+        grid: what varies.
+
+    Raises:
+        InputError: naming both keys.
+    """
+    for key in grid:
+        plain = key.rpartition(".")[2]
+        alone = for_run(protocol, method, {key: "grid"})
+        if alone and for_run(protocol, method, {**given, key: "grid"})[plain] != "grid":
+            raise InputError(f"--grid {key} has no effect on {method} on {protocol}: --set gives {plain} for it alone")
+        if key in given:
+            raise InputError(f"{key} is given with --set and with --grid: leave one out")
+    plains = [key.rpartition(".")[2] for key in grid if for_run(protocol, method, {key: "grid"})]
+    for plain in plains:
+        if plains.count(plain) > 1:
+            raise InputError(f"two grids vary {plain} of {method} on {protocol}: leave one out")
+
+
 def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Read `--grid key=value,value,...`.
 
@@ -85,6 +110,8 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if key in grid:
             raise InputError(f"--grid gives {key!r} twice: put all its values into one, separated by commas")
         values = [part.strip() for part in rest.split(";" if ";" in rest else ",")]
+        if len(values) > 1 and ";" in rest and not values[-1]:
+            values.pop()  # one list alone: `threshold=0.9,0.95;`
         if "" in values:
             raise InputError(f"--grid {text!r} has an empty value")
         grid[key] = check_values(key, values)

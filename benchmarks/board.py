@@ -7,10 +7,10 @@ process, many, and a cluster.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import threading
-import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -40,7 +40,6 @@ class Board:
         self._left = {planned.folder.path: planned for planned in runs}
         self._failed = 0
         self._seconds: dict[tuple[str, str], list[float]] = {}
-        self._began = time.time()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -52,6 +51,10 @@ class Board:
         )
         self._all = self._progress.add_task("runs", total=kept + len(runs), completed=kept, position="")
         self._bars: dict[Any, TaskID] = {}
+        self._lock = threading.RLock()  # the watcher and the one who tells of ended runs draw the same bars
+        for planned in runs:
+            with contextlib.suppress(OSError):
+                planned.folder.status.unlink()  # left by a process that was killed
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
@@ -84,30 +87,33 @@ class Board:
             line: what to print.
             seconds: what it took; None if it failed.
         """
-        self._left.pop(planned.folder.path, None)
-        if seconds is None:
-            self._failed += 1
-        else:
-            self._seconds.setdefault((planned.job.protocol.name, planned.job.method), []).append(seconds)
-        self._progress.advance(self._all)
-        self.say(line, style="red" if seconds is None else None)
-        if self._console.is_terminal:
-            self.refresh()
+        with self._lock:
+            self._left.pop(planned.folder.path, None)
+            if seconds is None:
+                self._failed += 1
+            else:
+                self._seconds.setdefault((planned.job.protocol.name, planned.job.method), []).append(seconds)
+            self._progress.advance(self._all)
+            self.say(line, style="red" if seconds is None else None)
+            if self._console.is_terminal:
+                self.refresh()
 
     def refresh(self) -> None:
         """Read where the runs are, and draw it."""
+        with self._lock:
+            self._refresh()
+
+    def _refresh(self) -> None:
         running: dict[Any, float] = {}
         for path, planned in list(self._left.items()):
             try:
                 status = json.loads(planned.folder.status.read_text(encoding="utf-8"))
-                if status["began"] < self._began - 1:
-                    continue  # left by a process that was killed
-            except (OSError, ValueError, KeyError):
+                experience, experiences = int(status["experience"]), int(status["experiences"])
+                epoch, epochs = int(status["epoch"]), int(status["epochs"])
+            except (OSError, ValueError, KeyError, TypeError):
                 continue
-            total = status["experiences"] * status["epochs"]
-            done = status["experience"] * status["epochs"] + status["epoch"]
-            where = f"experience {status['experience'] + 1}/{status['experiences']}"
-            position = f"{where} epoch {status['epoch']}/{status['epochs']}"
+            total, done = experiences * epochs, experience * epochs + epoch
+            position = f"experience {experience + 1}/{experiences} epoch {epoch}/{epochs}"
             if path not in self._bars:
                 self._bars[path] = self._progress.add_task(str(planned), total=total, position="")
             self._progress.update(self._bars[path], total=total, completed=done, position=position)

@@ -86,7 +86,7 @@ def save(path: Path, key: str, content: Mapping[str, Any], known: Mapping[str, A
         module = SimpleNamespace(__name__="pickle", Pickler=Pickler, dumps=pickle.dumps)
         everything = {"key": key, "content": dict(content), "random": _random_states()}
         torch.save(everything, buffer, pickle_module=module)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:  # what pickle raises, by the kind of object
+    except Exception as error:  # what pickle raises depends on the object
         raise CheckpointError(f"the strategy cannot be stored: {error}") from error
     finally:
         strategy.__dict__.update(held)

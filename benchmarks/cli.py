@@ -156,7 +156,8 @@ def compare(
 ) -> None:
     """Train several methods with several seeds, print a table for each protocol, and write a report."""
     from benchmarks.report import terminal
-    from benchmarks.request import Description, merged, read_file
+    from benchmarks.request import Description, merged
+    from benchmarks.study_file import read_file
 
     given = Description(
         protocols=protocols or None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,10 @@ def reference(folders: Folders) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{str(folder)!r} is no folder; expected one with results")
-    written = kept.collect(folders)
+    try:
+        written = kept.collect(folders)
+    except OSError as error:
+        raise InputError(f"{str(kept.FOLDER)!r} cannot be written: {error.strerror or error}") from error
     typer.echo(f"{len(written)} reference results in {kept.FOLDER}")
 
 
@@ -29,7 +33,10 @@ def readme() -> None:
     from benchmarks import readme as documents
     from benchmarks import reference as kept
 
-    changed = documents.update(kept.FOLDER.parents[1], kept.read())
+    try:
+        changed = documents.update(kept.FOLDER.parents[1], kept.read())
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read or written: {error.strerror or error}") from error
     typer.echo("\n".join(f"changed: {path.name}" for path in changed) or "nothing to change")
 
 
@@ -42,12 +49,19 @@ def report(
 ) -> None:
     """Write a report of all finished runs below some folders, also of the reference results."""
     from benchmarks import gather
+    from benchmarks.files import explain
+    from benchmarks.folders import claim
     from benchmarks.report import writing
 
     if test not in ("t", "wilcoxon"):
         raise InputError(f"--test {test!r}: expected t or wilcoxon")
     study = gather.study(folders, name)
-    for path in writing.write(out / name, study, test=test):  # type: ignore[arg-type]
+    claim(out, name)
+    try:
+        files = writing.write(out / name, study, test=test)  # type: ignore[arg-type]
+    except OSError as error:
+        raise InputError(f"no report: {explain(error, out / name)}") from error
+    for path in files:
         typer.echo(path)
 
 
@@ -60,14 +74,15 @@ def verify(
         list[str] | None, typer.Option(metavar="[PROTOCOL=]FILE", help="Images as a Keras-convention .npz file.")
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder of all results.")] = Path("results"),
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the runs there (and those that are there already); else they are dropped.")
+    ] = None,
 ) -> None:
     """Do reference runs again, and say whether they agree within their spread."""
     from benchmarks import cli
     from benchmarks import reference as kept
     from benchmarks import verify as verifying
     from benchmarks.protocols import find_protocol
-    from benchmarks.request import Description
 
     everything = kept.read()
     names = list(protocols or ())
@@ -75,31 +90,46 @@ def verify(
         names = [p for p in dict.fromkeys(r["protocol"] for r in everything) if find_protocol(p).source == "digits"]
     numbers = cli.read_seeds(seeds)
     chosen = kept.choose(everything, names, cli.read_names(methods) if methods else (), numbers)
+    if not chosen:
+        raise InputError(f"there is no reference of {methods or 'any method'} with seeds {seeds} on {', '.join(names)}")
     verdicts: list[Any] = []
-    for name in names:
-        own = [result for result in chosen if result["protocol"] == name]
-        if not own:
-            continue
-        description = Description(
-            protocols=[name],
-            methods=list(dict.fromkeys(result["method"] for result in own)),
-            seeds=numbers,
-            data=data,
-            jobs=jobs,
-            threads=own[0]["threads"],
-            name=f"verify-{name}",
-        )
-        outcome, planned = cli.carry_out(description, out, "compare")
-        cli.tell_failures(outcome, planned)
-        for _, result in outcome.done:
-            same = [r for r in everything if (r["protocol"], r["method"]) == (name, result["method"])]
-            if any(reference["seed"] == result["seed"] for reference in same):
-                verdicts.append(verifying.judge(result, same))
+    failed: list[str] = []
+    # A folder of their own: a run that is there already would be held against itself.
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            own = [result for result in chosen if result["protocol"] == name]
+            if own:
+                outcome, _ = cli.carry_out(_again(name, own, data, jobs), out or Path(folder), "compare")
+                failed += [f"{planned}: {message}" for planned, message in outcome.failures]
+                for _, result in outcome.done:
+                    same = [r for r in everything if (r["protocol"], r["method"]) == (name, result["method"])]
+                    if any(reference["seed"] == result["seed"] for reference in same):
+                        verdicts.append(verifying.judge(result, same))
     Console().print(verifying.table(verdicts))
     wrong = [own for own in verdicts if not own.agrees]
-    typer.echo(f"{len(verdicts) - len(wrong)} of {len(verdicts)} runs agree with their reference")
-    if wrong:
+    typer.echo(f"{len(verdicts) - len(wrong)} of {len(verdicts) + len(failed)} runs agree with their reference")
+    for line in failed:
+        typer.echo(f"failed: {line}", err=True)
+    if wrong or failed:
         raise typer.Exit(1)
+
+
+def _again(name: str, own: list[dict[str, Any]], data: list[str] | None, jobs: int) -> Any:
+    """Describe the comparison that does reference runs of one protocol again."""
+    from benchmarks.protocols import PROTOCOLS
+    from benchmarks.request import Description
+
+    mine = [text for text in data or () if text.partition("=")[0] in (name, text) or "=" not in text]
+    mine += [text for text in data or () if text not in mine and text.partition("=")[0] not in PROTOCOLS]
+    return Description(
+        protocols=[name],
+        methods=list(dict.fromkeys(result["method"] for result in own)),
+        seeds=sorted({result["seed"] for result in own}),
+        data=mine or None,
+        jobs=jobs,
+        threads=own[0]["threads"],
+        name=f"verify-{name}",
+    )
 
 
 ALL = (report, reference, verify, readme)

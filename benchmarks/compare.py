@@ -84,7 +84,9 @@ def carry_out(
     options = options_of(request, planned.threads)
     waiting: dict[str, Planned] = {}
     for own in planned.runs:
-        if own.folder.read() is None:
+        if own.folder.read() is not None:
+            own.folder.clean()
+        else:
             waiting.setdefault(own.folder.key, own)  # two labels may stand for one run
     runs = list(waiting.values())
     kept = len({own.folder.key for own in planned.runs}) - len(runs)

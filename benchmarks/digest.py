@@ -24,7 +24,6 @@ _AROUND = (
     "commands",
     "compare",
     "digest",
-    "external",
     "files",
     "folders",
     "gather",
@@ -37,8 +36,8 @@ _AROUND = (
     "reference",
     "request",
     "runner",
-    "signatures",
     "spread",
+    "study_file",
     "timing",
     "verify",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping
@@ -21,7 +22,16 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
     Raises:
         OSError: if it cannot be written; what was there stays.
     """
-    write_text(path, json.dumps(result, indent=1) + "\n")
+    write_text(path, json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Put None for what JSON has no number for: NaN and infinity, as of runs that diverged."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return {key: finite(part) for key, part in value.items()} if isinstance(value, Mapping) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,12 +7,13 @@ comparison, and runs of other code, other versions or other data are never taken
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from benchmarks.trace import FORMAT
 #: Fields of a protocol that say something to people, or of other methods.
 _SILENT = ("summary", "methods", "sources", "notes", "expected")
 _MARK = "format.json"
+#: What everybody reads of a result.
+NEEDED = frozenset(
+    ("protocol", "method", "seed", "changed", "hyper_parameters", "accuracy_matrix", "acc", "bwt", "train_seconds")
+)
 
 
 @dataclass(frozen=True)
@@ -67,21 +72,25 @@ class RunFolder:
         except (OSError, ValueError):
             return None
         fits = isinstance(result, dict) and result.get("key") == self.key and result.get("format") == FORMAT
-        return result if fits else None
+        return result if fits and result.keys() >= NEEDED else None
+
+    def clean(self) -> None:
+        """Remove what a run leaves until it has finished, also after a kill; errors in doing so do not matter."""
+        for file in (self.error, self.status, *self.path.glob("checkpoint.pt"), *self.path.glob(".checkpoint.pt.*")):
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
 
 
-def run_key(job: Job, data: str, threads: int) -> str:
+def run_key(job: Job, data: str) -> str:
     """Digest everything that determines a result: 16 hexadecimal digits.
-
-    Threads count, since they change the order of sums, and with it the last digits.
 
     Args:
         job: the run.
         data: digest of the images.
-        threads: of the run.
 
     Returns:
-        The key; the hardware is not in it, since a run may be sent to any machine of a cluster.
+        The key. Hardware and threads are not in it: they change the order of sums, and a run may be sent to any machine
+        with any number of jobs. They are in the result.
     """
     from benchmarks import external, resources
 
@@ -98,10 +107,9 @@ def run_key(job: Job, data: str, threads: int) -> str:
         "origin": external.origin(job.method),
         "seed": job.seed,
         "device": job.device.type,
-        "threads": threads,
         "data": data,
         "code": code_digest(),
-        "versions": resources.versions(),
+        "versions": {**resources.versions(), **resources.libraries()},
     }
     text = json.dumps(everything, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -120,7 +128,6 @@ def run_folder(out: Path, job: Job, key: str) -> RunFolder:
     return RunFolder(out / "runs" / job.protocol.name / f"{job.method}-seed{job.seed}{tag}-{key[:8]}", key)
 
 
-@lru_cache(maxsize=4)
 def data_digest(data: ImageData) -> str:
     """Digest the images and labels of a data set: 16 hexadecimal digits."""
     result = hashlib.sha256(repr((data.n_classes, data.coarse)).encode())
@@ -130,12 +137,13 @@ def data_digest(data: ImageData) -> str:
     return result.hexdigest()[:16]
 
 
-def claim(out: Path, name: str) -> None:
+def claim(out: Path, name: str, protocols: Sequence[str] = ()) -> None:
     """Make the folder of results, see that it can be written, and that no other version's runs are in it.
 
     Args:
         out: the folder.
         name: of the comparison's folder in it.
+        protocols: of its runs.
 
     Raises:
         InputError: if it is something else, cannot be made or written, or is of another version.
@@ -148,9 +156,11 @@ def claim(out: Path, name: str) -> None:
             _check_mark(mark, out)
         else:
             write_json(mark, {"format": FORMAT})
-        probe = out / f".writable-{name}"
-        probe.touch()
-        probe.unlink()
+        for folder in (out / name, *(out / "runs" / protocol for protocol in protocols)):
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--out: {explain(error, out)}") from error
 

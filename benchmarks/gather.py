@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.folders import NEEDED
 from benchmarks.report.study import Study
 from benchmarks.settings import InputError
 from benchmarks.trace import FORMAT
@@ -41,10 +42,35 @@ def study(folders: Sequence[Path], title: str) -> Study:
                     f"folders that hold one of them"
                 )
             found[key] = {**result, "label": label}
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for (protocol, label, _), result in found.items():
+        rows.setdefault((protocol, label), []).append(result)
+    for row in rows.values():
+        check_alike(row)
     if not found:
         raise InputError(f"no result of format {FORMAT} is in {', '.join(str(folder) for folder in folders)}")
     command = " ".join(["python -m benchmarks report", *(str(folder) for folder in folders)])
     return Study(title, command, [found[key] for key in sorted(found, key=_order)])
+
+
+def check_alike(row: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse runs of one row that cannot be averaged.
+
+    Args:
+        row: runs of one protocol and method that should differ in their seeds alone.
+
+    Raises:
+        InputError: if they are of different code, data or versions.
+    """
+    for what in ("code", "data", "versions"):
+        known = [result[what] for result in row if result.get(what) is not None]
+        for other in known[1:]:
+            if other != known[0]:
+                name = f"{row[0]['method']} on {row[0]['protocol']}"
+                raise InputError(
+                    f"the runs of {name} are of different {what} ({known[0]} and {other}): give folders with runs of "
+                    f"one, or do them again"
+                )
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -53,7 +79,11 @@ def _read(file: Path) -> dict[str, Any] | None:
         result = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return result if isinstance(result, dict) and result.get("format") == FORMAT and "changed" in result else None
+    if not isinstance(result, dict) or result.get("format") != FORMAT or not result.keys() >= NEEDED:
+        return None
+    if not isinstance(result["method"], str) or not isinstance(result["changed"], dict):
+        raise InputError(f"{str(file)!r} is no result, or damaged: remove it")
+    return result
 
 
 def _order(key: tuple[str, str, int]) -> tuple[Any, ...]:

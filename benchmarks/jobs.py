@@ -42,6 +42,11 @@ class Job:
     changes: Mapping[str, str]
 
     @property
+    def differing(self) -> dict[str, str]:
+        """The settings whose values are not the protocol's own, as texts that `--set` takes."""
+        return {key: _text(value) for key, value in _differing(self.protocol, self.method, self.changes).items()}
+
+    @property
     def file_name(self) -> Path:
         """Where the result goes below the output folder; changed settings make a name of their own."""
         tag = change_tag(self.protocol, self.method, self.changes)
@@ -77,14 +82,26 @@ def change_tag(protocol: Protocol, method: str, changes: Mapping[str, str]) -> s
     Returns:
         The tag, with a leading dash where there is one; equal values written differently give equal tags.
     """
+    differing = _differing(protocol, method, changes)
+    if not differing:
+        return ""
+    return "-" + hashlib.sha256(json.dumps(differing).encode()).hexdigest()[:8]
+
+
+def _differing(protocol: Protocol, method: str, changes: Mapping[str, str]) -> dict[str, Any]:
+    """The values that the changes make other than they are without."""
     changed_protocol, changed_settings, _ = resolve(protocol.name, method, changes)
     before_protocol, before_settings, _ = resolve(protocol.name, method, {})
     now = {**values(changed_protocol), **values(changed_settings)}
     before = {**values(before_protocol), **values(before_settings)}
-    differing = {key: value for key, value in sorted(now.items()) if value != before[key]}
-    if not differing:
-        return ""
-    return "-" + hashlib.sha256(json.dumps(differing).encode()).hexdigest()[:8]
+    return {key: value for key, value in sorted(now.items()) if value != before[key]}
+
+
+def _text(value: Any) -> str:
+    """Write a value as `--set` takes it."""
+    if isinstance(value, list):
+        return ",".join(map(_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def combined_tag(tags: Iterable[str]) -> str:

@@ -73,14 +73,13 @@ def prepare(request: Request) -> Plan:
             stream = build_stream(job.protocol, data, job.seed)
             check_stream(job, stream)
             check_method(job, stream)
-    claim(request.out, request.name or request.folder.name)
-    threads = _threads(request)
+    claim(request.out, request.name or request.folder.name, request.protocols)
     runs: dict[tuple[str, str], Planned] = {}
     for label, job in jobs:
-        key = run_key(job, digests[job.protocol.name], threads)
+        key = run_key(job, digests[job.protocol.name])
         # Two points of a grid that differ in what a method does not know are one run.
         runs.setdefault((label, key), Planned(label, job, run_folder(request.out, job, key)))
-    return Plan(tuple(runs.values()), left_out, threads)
+    return Plan(tuple(runs.values()), left_out, _threads(request))
 
 
 def _check_lists(request: Request) -> None:
@@ -93,9 +92,9 @@ def _check_lists(request: Request) -> None:
     assignments.check_names(request.protocols, request.methods)
     assignments.check(request.protocols, request.methods, request.assignments)
     assignments.check(request.protocols, request.methods, request.grid)
-    for key in request.grid:
-        if key in request.assignments:
-            raise InputError(f"{key} is given with --set and with --grid: leave one out")
+    for protocol in request.protocols:
+        for method in request.methods:
+            assignments.check_hidden(protocol, method, request.assignments, request.grid)
     for name in request.data:
         if name and name not in request.protocols:
             raise InputError(f"--data names {name!r}, which is not among the protocols to run")
@@ -159,7 +158,8 @@ def data_for(request: Request, name: str) -> ImageData:
 def data_file(request: Request, name: str) -> Path | None:
     """Return the file with the images of a protocol; None where it needs none or downloads them."""
     shared = request.data.get("") if find_protocol(name).source != "digits" else None
-    return request.data.get(name, shared)
+    path = request.data.get(name, shared)
+    return None if path is None else path.resolve()
 
 
 @lru_cache(maxsize=1)

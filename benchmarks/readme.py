@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import write_text
 from benchmarks.report.terminal import Cell, cell
 from benchmarks.settings import InputError
 
 #: Documents with such places.
 DOCUMENTS = ("README.md",)
 
+_END = "<!-- end of reference -->"
 _PLACE = re.compile(r"(<!-- reference: (\S+)(?: methods=(\S+))? -->\n)(.*?)(<!-- end of reference -->)", re.DOTALL)
 
 
@@ -31,13 +33,16 @@ def fill(text: str, results: Sequence[Mapping[str, Any]]) -> str:
         The text with the tables of these results.
 
     Raises:
-        InputError: if a place names a protocol or a method without results.
+        InputError: if a place names a protocol or a method without results, or has no end.
     """
 
     def replace(found: re.Match[str]) -> str:
         begin, protocol, methods, _, end = found.groups()
         return f"{begin}\n{_table(protocol, methods.split(',') if methods else None, results)}\n{end}"
 
+    places = _PLACE.findall(text)
+    if len(places) != text.count("<!-- reference:") or any("<!-- reference:" in place[3] for place in places):
+        raise InputError(f"a document has a place for reference results without {_END!r}")
     return _PLACE.sub(replace, text)
 
 
@@ -59,7 +64,7 @@ def update(root: Path, results: Sequence[Mapping[str, Any]]) -> list[Path]:
         before = (root / name).read_text(encoding="utf-8")
         after = fill(before, results)
         if after != before:
-            (root / name).write_text(after, encoding="utf-8")
+            write_text(root / name, after)
             changed.append(root / name)
     return changed
 

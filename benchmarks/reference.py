@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.files import write_text
+from benchmarks.files import finite, write_text
+from benchmarks.gather import check_alike
 from benchmarks.methods import METHODS
 from benchmarks.protocols import PROTOCOLS
 from benchmarks.settings import InputError, unknown
@@ -94,8 +95,8 @@ def collect(folders: Sequence[Path], target: Path = FOLDER) -> list[Path]:
         The files written.
 
     Raises:
-        InputError: if a folder holds no such run, or two of them are of the same protocol, method and seed and differ
-            in their accuracies.
+        InputError: if a folder holds no such run, two of them are of the same protocol, method and seed and differ in
+            their accuracies, or those of a protocol and method are of different code, data or versions.
     """
     chosen: dict[Path, dict[str, Any]] = {}
     for folder in folders:
@@ -111,6 +112,11 @@ def collect(folders: Sequence[Path], target: Path = FOLDER) -> list[Path]:
             chosen[path] = result
         if len(chosen) == before:
             raise InputError(f"{str(folder)!r} holds no finished run of unchanged settings of format {FORMAT}")
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in chosen.values():
+        rows.setdefault((result["protocol"], result["method"]), []).append(result)
+    for row in rows.values():
+        check_alike(row)
     for path, result in chosen.items():
         write_text(path, as_text(result))
     return sorted(chosen)
@@ -129,7 +135,7 @@ def _finished(file: Path) -> dict[str, Any] | None:
 def as_text(result: Mapping[str, Any]) -> str:
     """Write a result with a line for each entry; what is no accuracy or setting keeps six digits."""
     lines = [
-        f" {json.dumps(key)}: {json.dumps(value if key in _EXACT else _shortened(value))}"
+        f" {json.dumps(key)}: {json.dumps(finite(value if key in _EXACT else _shortened(value)), allow_nan=False)}"
         for key, value in result.items()
         if key != "key"  # of the machine and the code that made it; nothing is looked up by it here
     ]

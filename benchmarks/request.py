@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import assignments
 from benchmarks.protocols import PROTOCOLS
-from benchmarks.settings import InputError, unknown
+from benchmarks.settings import InputError
 
 
 @dataclass(frozen=True)
@@ -126,77 +126,6 @@ class Description:
     test: str | None = None
 
 
-def read_file(path: Path) -> Description:
-    """Read a comparison from a YAML file.
-
-    `set` and `grid` are mappings there (`grid: {gpm.threshold: [0.9, 0.95]}`), the other entries as in `Description`.
-
-    Args:
-        path: the file.
-
-    Returns:
-        What it says.
-
-    Raises:
-        InputError: if it cannot be read, or an entry is unknown or of the wrong type.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--file {str(path)!r} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"--file {str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"--file {str(path)!r} holds {type(content).__name__}; expected entries like protocols: [...]")
-    names = [own.name for own in fields(Description)]
-    for key in content:
-        if key not in names:
-            raise unknown(f"entry of {path.name}:", str(key), names)
-    read = {key: _entry(path, key, value) for key, value in content.items() if value is not None}
-    return Description(**read)
-
-
-_NUMBERS: Mapping[str, Any] = {"jobs": int, "threads": int, "gpu_share": (int, float)}
-
-
-def _entry(path: Path, key: str, value: Any) -> Any:
-    """Bring one entry of a file into the form of the command line."""
-    if key in ("set", "grid"):
-        if not isinstance(value, dict):
-            raise InputError(f"{key} in {path.name} is {value!r:.60}; expected key: value entries")
-        return [f"{name}={_values(path, key, name, own)}" for name, own in value.items()]
-    if key in ("protocols", "methods", "data", "seeds"):
-        parts = value if isinstance(value, list) else [value]
-        wanted = int if key == "seeds" else str
-        if not parts or any(isinstance(part, bool) or not isinstance(part, wanted) for part in parts):
-            raise InputError(f"{key} in {path.name} is {value!r:.60}; expected a list of {wanted.__name__}")
-        return parts
-    wanted = _NUMBERS.get(key, str)
-    if isinstance(value, bool) or not isinstance(value, wanted):
-        kind = "a number" if key in _NUMBERS else "a text"
-        raise InputError(f"{key} in {path.name} is {value!r:.60}; expected {kind}")
-    return value
-
-
-def _values(path: Path, key: str, name: str, value: Any) -> str:
-    """Write the value of a setting, or a grid's values, as the command line has them."""
-    if key == "set":
-        return ",".join(map(_text, value)) if isinstance(value, list) else _text(value)
-    if not isinstance(value, list) or not value:
-        raise InputError(f"grid {name} in {path.name} is {value!r:.60}; expected a list of values")
-    lists = any(isinstance(part, list) for part in value)
-    texts = [",".join(map(_text, part)) if isinstance(part, list) else _text(part) for part in value]
-    # The semicolon at the end marks a list of lists even where it has one element.
-    return ";".join(texts) if lists and len(texts) > 1 else ",".join(texts)
-
-
-def _text(value: Any) -> str:
-    """Write a plain value as the command line has it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def merged(file: Description, given: Description, path: Path) -> Description:
     """Let the command line come before a file.
 
@@ -217,12 +146,18 @@ def merged(file: Description, given: Description, path: Path) -> Description:
     for own in fields(Description):
         ours, theirs = getattr(given, own.name), getattr(file, own.name)
         if own.name in ("set", "grid", "data") and ours and theirs:
-            keys = {text.partition("=")[0] for text in ours}
-            joined[own.name] = [*(text for text in theirs if text.partition("=")[0] not in keys), *ours]
+            keys = {_key(own.name, text) for text in ours}
+            joined[own.name] = [*(text for text in theirs if _key(own.name, text) not in keys), *ours]
         else:
             joined[own.name] = theirs if ours is None else ours
     joined["name"] = joined["name"] or path.stem
     return Description(**joined)
+
+
+def _key(kind: str, text: str) -> str:
+    """What a `key=value` text, or a `[PROTOCOL=]FILE`, is about."""
+    name, equals, _ = text.partition("=")
+    return name if equals and (kind != "data" or name in PROTOCOLS) else ""
 
 
 def make_request(description: Description, out: Path, command: str, every: tuple[str, ...]) -> Request:

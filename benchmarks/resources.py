@@ -153,6 +153,17 @@ def noting_nondeterminism(found: list[str]) -> Iterator[None]:
         yield
 
 
+def libraries() -> dict[str, str]:
+    """Name the versions of what draws permutations and samples, or handles images: NumPy, scikit-learn, Pillow."""
+    found = {}
+    for package in ("numpy", "scikit-learn", "pillow", "torchvision"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
 def versions() -> dict[str, str]:
     """Name the versions that a result may depend on.
 

@@ -6,6 +6,7 @@ The same job twice gives the same result but for times and memory; so does one t
 from __future__ import annotations
 
 import gc
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from benchmarks import checkpoint, evaluate, progress, readings, resources, sour
 from benchmarks.build import build_strategy, build_stream
 from benchmarks.curves import EpochCurves
 from benchmarks.digest import code_digest
+from benchmarks.folders import data_digest
 from benchmarks.jobs import Job
 from benchmarks.methods import find_method
 from benchmarks.models import build_model
@@ -53,7 +55,7 @@ def run(
     finally:
         evaluate.forget()
     _, kind = memory.stop()
-    return _result(job, trace, plugins, kind)
+    return {**_result(job, trace, plugins, kind), "data": data_digest(data)}
 
 
 def _train(
@@ -170,7 +172,7 @@ def _result(job: Job, trace: Trace, plugins: list[Any], kind: str) -> dict[str, 
         "method": job.method,
         "seed": job.seed,
         "hyper_parameters": job.hyper_parameters,
-        "changed": dict(job.changes),
+        "changed": job.differing,
         "task_order": job.protocol.task_order,
         "experience_groups": None if job.protocol.group_order is None else list(job.protocol.group_order),
         "initial_accuracies": trace.initial,
@@ -181,6 +183,7 @@ def _result(job: Job, trace: Trace, plugins: list[Any], kind: str) -> dict[str, 
         "forgetting": evaluate.forgetting(matrix),
         "forward_transfer": evaluate.forward_transfer(matrix, trace.initial),
         "growth": readings.growth(plugins),
+        "diverged": not all(math.isfinite(loss) for row in trace.losses for loss in row),
         "added_parameters": trace.added,
         "bytes_held": readings.bytes_held(plugins),
         "experiences": trace.experiences,

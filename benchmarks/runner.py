@@ -7,7 +7,7 @@ experience when it is done again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import json
 import os
 import socket
@@ -20,10 +20,21 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks.files import explain, write_bytes, write_json, write_text
-from benchmarks.folders import RunFolder
+from benchmarks.folders import RunFolder, data_digest, run_key
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: nothing keeps two processes from doing the same run
+    fcntl = None  # type: ignore[assignment]
 
 #: Seconds between two notes of where a run is.
 _PAUSE = 1.0
+#: Seconds between two looks at a lock that another process has.
+_PATIENCE = 1.0
+
+
+class OtherRunError(Exception):
+    """This process would do another run than the one that was planned."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ def work(item: Item) -> str | None:
     """
     files = item.files
     if files.read() is not None:
+        files.clean()
         return None
     if not files.path.parent.parent.is_dir():
         return (
@@ -79,10 +91,8 @@ def work(item: Item) -> str | None:
         )
     try:
         files.path.mkdir(parents=True, exist_ok=True)
-        with _alone(files) as free:
-            if not free:
-                return "another process is at this run: wait for it, or stop it, and repeat the command"
-            return _logged(item, files)
+        with _alone(files):
+            return None if files.read() is not None else _logged(item, files)
     except OSError as error:
         return explain(error, files.path)
 
@@ -94,10 +104,10 @@ def _logged(item: Item, files: RunFolder) -> str | None:
         try:
             result = _run(item, files, log)
             write_json(files.result, {**result, "key": item.key})
-        except OSError as error:
-            _say(log, f"failed: {error}")
-            return explain(error, files.path)
-        except Exception as error:  # a method of any origin may raise anything
+        except (Exception, SystemExit) as error:  # a method of any origin may raise anything
+            if isinstance(error, OSError) and _of_the_folder(error, files.path):
+                _say(log, f"failed: {error}")
+                return explain(error, files.path)
             message = f"{type(error).__name__}: {' '.join(str(error).split())}"
             _say(log, f"failed: {message}")
             write_text(files.error, traceback.format_exc())
@@ -108,9 +118,15 @@ def _logged(item: Item, files: RunFolder) -> str | None:
         finally:
             files.status.unlink(missing_ok=True)
         _say(log, "finished")
-    files.error.unlink(missing_ok=True)
-    (files.path / "checkpoint.pt").unlink(missing_ok=True)
+    files.clean()
     return None
+
+
+def _of_the_folder(error: OSError, folder: Path) -> bool:
+    """Whether it was the run's own folder that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return True
+    return error.filename is not None and folder in Path(str(error.filename)).parents
 
 
 def _run(item: Item, files: RunFolder, log: TextIO) -> dict[str, Any]:
@@ -124,6 +140,11 @@ def _run(item: Item, files: RunFolder, log: TextIO) -> dict[str, Any]:
 
     job = make_job(item.protocol, item.method, item.seed, torch.device(item.device), item.changes)
     data = plan.load(item.protocol, None if item.data is None else Path(item.data))
+    if run_key(job, data_digest(data)) != item.key:
+        raise OtherRunError(
+            "this process has other code, versions or data than the plan was made with (were they changed, or is "
+            "a machine of the cluster set up differently?): nothing was trained; repeat the command"
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(item.threads)
     try:
@@ -160,17 +181,19 @@ class _Notes:
 
 
 @contextlib.contextmanager
-def _alone(files: RunFolder) -> Iterator[bool]:
-    """Hold the run's lock, which ends with the process that holds it; False if another process has it."""
+def _alone(files: RunFolder) -> Iterator[None]:
+    """Hold the run's lock, which ends with the process that holds it; wait while another process is at the run."""
     with (files.path / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # a file system without locks
-            pass
-        yield True
+        while fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_PATIENCE)
+                continue
+            except OSError:  # a file system without locks
+                pass
+            break
+        yield
 
 
 @contextlib.contextmanager

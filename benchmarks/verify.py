@@ -14,6 +14,8 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.files import finite
+
 #: Percent within which a run agrees, however small the spread: a few test samples.
 FLOOR = 0.3
 
@@ -30,6 +32,7 @@ class Verdict:
         bwt: backward transfer now and then, percent; None where there is none.
         allowed: how far ACC and BWT may be from the reference, percent.
         equal: whether every accuracy is the same.
+        same_settings: whether the run has the settings of its reference.
     """
 
     protocol: str
@@ -39,10 +42,13 @@ class Verdict:
     bwt: tuple[float, float] | None
     allowed: tuple[float, float]
     equal: bool
+    same_settings: bool = True
 
     @property
     def agrees(self) -> bool:
-        """Whether the run is within the spread of its reference."""
+        """Whether the run has the settings of its reference and is within its spread."""
+        if not self.same_settings:
+            return False
         pairs = [(self.acc, self.allowed[0])] + ([(self.bwt, self.allowed[1])] if self.bwt is not None else [])
         return self.equal or all(abs(now - then) <= allowed for (now, then), allowed in pairs)
 
@@ -67,6 +73,7 @@ def judge(now: Mapping[str, Any], references: Sequence[Mapping[str, Any]]) -> Ve
         bwt=(now["bwt"], then["bwt"]) if has_transfer else None,
         allowed=(_allowed(references, "acc"), _allowed(references, "bwt")),
         equal=now["accuracy_matrix"] == then["accuracy_matrix"],
+        same_settings=finite(now["hyper_parameters"]) == finite(then["hyper_parameters"]),
     )
 
 
@@ -84,6 +91,7 @@ def table(verdicts: Sequence[Verdict]) -> Table:
     for own in verdicts:
         cells = [_cell(own.acc, own.allowed[0]), "-" if own.bwt is None else _cell(own.bwt, own.allowed[1])]
         word = "equal" if own.equal else "agrees" if own.agrees else "DIFFERS"
+        word = word if own.same_settings else "OTHER SETTINGS"
         result.add_row(f"{own.protocol} {own.method} seed {own.seed}", *cells, word)
     return result
 

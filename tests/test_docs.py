@@ -22,7 +22,8 @@ from benchmarks import plan
 from benchmarks.cli import app
 from benchmarks.methods import METHODS
 from benchmarks.protocols import PROTOCOLS
-from benchmarks.request import make_request, read_file
+from benchmarks.request import make_request
+from benchmarks.study_file import read_file
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "l2_anchor"

@@ -48,7 +48,7 @@ def circumstances(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Circu
         Code, versions, device, threads and the kind of memory, where results tell them.
     """
     packages = dict.fromkeys(package for own in runs.values() for run in own for package in (run.get("versions") or {}))
-    found = [("code", "code", True)]
+    found = [("code", "code", True), ("data", "data", True)]
     result = [_collect(runs, name, lambda run, key=key: run.get(key), matters) for name, key, matters in found]
     for package in packages:
         result.append(_collect(runs, package, lambda run, key=package: (run.get("versions") or {}).get(key), True))
@@ -77,6 +77,11 @@ def further_notes(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     ]
     if again:
         notes.append(f"Interrupted and continued, which costs time: {', '.join(again)}.")
+    broken = [f"{label} (seed {run.get('seed')})" for label, own in runs.items() for run in own if run.get("diverged")]
+    if broken:
+        notes.append(
+            f"Diverged, the loss on test images is no number: {', '.join(broken)}. Its accuracies mean nothing."
+        )
     operations = {name for own in runs.values() for run in own for name in run.get("nondeterministic") or ()}
     if operations:
         notes.append(

@@ -118,6 +118,8 @@ def one_line(result: Mapping[str, Any]) -> str:
     """
     transfer = "" if result["bwt"] is None else f", BWT {result['bwt']:+.2f}"
     growth = "" if result.get("growth") is None else f", growth {result['growth']:.3f}"
+    if result.get("diverged"):
+        return f"diverged (loss is no number; ACC {result['acc']:.2f}), training {result['train_seconds']:.1f} s"
     return f"ACC {result['acc']:.2f}{transfer}{growth}, training {result['train_seconds']:.1f} s"
 
 

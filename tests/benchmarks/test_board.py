@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -28,8 +27,8 @@ def planned(tmp_path, method, seed=0):
     return Planned(method, job, RunFolder(path, "k"))
 
 
-def status(own, experience, epoch, began=None):
-    note = {"began": time.time() if began is None else began, "experience": experience, "experiences": 5}
+def status(own, experience, epoch):
+    note = {"experience": experience, "experiences": 5}
     own.folder.status.write_text(json.dumps(note | {"epoch": epoch, "epochs": 10}))
 
 
@@ -40,10 +39,12 @@ def screen():
 def test_runs_done_running_failed_and_the_time_left(tmp_path):
     runs = [planned(tmp_path, method, seed) for method in ("naive", "ewc") for seed in (0, 1)]
     console = screen()
+    status(runs[3], 1, 1)  # left by a process that was killed
     with Board(runs, jobs=2, kept=3, console=console) as board:
+        assert not runs[3].folder.status.exists()
         status(runs[1], 2, 5)
         status(runs[2], 0, 0)
-        status(runs[3], 1, 1, began=time.time() - 3600)  # left by a process that was killed
+        runs[3].folder.status.write_text("[1]")  # of something else
         board.ended(runs[0], "naive seed 0: ACC 90.00", seconds=10.0)
         shown = console.file.getvalue()
         assert "4/7" in shown

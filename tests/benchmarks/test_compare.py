@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from benchmarks import run as run_module
 from benchmarks import runner
 from benchmarks.cli import app
+from benchmarks.folders import NEEDED
+from benchmarks.trace import FORMAT
 
 QUICK = ["--set", "epochs=1", "--set", "train_limit=40", "--set", "n_experiences=2"]
 ROOT = Path(__file__).parents[2]
@@ -62,7 +64,7 @@ def test_finished_runs_are_never_repeated(tmp_path, monkeypatch):
     assert "| replay | 1 |" in (tmp_path / "results" / "mine" / "table.md").read_text()
 
 
-@pytest.mark.parametrize("change", ["code", "versions", "data", "threads", "settings", "damage"])
+@pytest.mark.parametrize("change", ["code", "versions", "data", "settings", "damage"])
 def test_what_determines_a_result_makes_it_another_run(tmp_path, monkeypatch, change):
     done = counting(monkeypatch)
     command = ["digits-split", "--methods", "naive", "--seeds", "0", *QUICK]
@@ -73,9 +75,8 @@ def test_what_determines_a_result_makes_it_another_run(tmp_path, monkeypatch, ch
     elif change == "versions":
         monkeypatch.setattr("benchmarks.resources.versions", lambda: {"torch": "99"})
     elif change == "data":
-        monkeypatch.setattr("benchmarks.plan.data_digest", lambda data: "other")
-    elif change == "threads":
-        command += ["--threads", "2"]
+        for user in ("plan", "runner"):
+            monkeypatch.setattr(f"benchmarks.{user}.data_digest", lambda data: "other")
     elif change == "settings":
         command += ["--set", "lr=0.2"]
     else:
@@ -204,7 +205,7 @@ def test_a_file_says_what_the_options_say(tmp_path, monkeypatch):
     compare(tmp_path, "--file", str(file))
     assert len(done) == 6
     text = (tmp_path / "results" / "study" / "table.md").read_text()
-    assert "--grid 'gpm.threshold=0.9;0.9,0.95'" in text
+    assert "--grid 'gpm.threshold=0.9;0.9,0.95;'" in text
     compare(
         tmp_path, "digits-split", "--methods", "naive,gpm", "--seeds", "0,1", *QUICK, "--set", "n_samples=20",
         "--grid", "gpm.threshold=0.9;0.9,0.95",
@@ -274,16 +275,20 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_two_processes_do_not_do_the_same_run(tmp_path):
+    """The second waits for the first, and takes its result."""
     folder = tmp_path / "results" / "runs" / "digits-split" / "x"
     folder.mkdir(parents=True)
     item = runner.Item("digits-split", "naive", 0, "cpu", {}, None, str(folder), "k", 1)
-    with runner._alone(item.files) as free:
-        assert free
-        code = f"from benchmarks.runner import *; print(work({item!r}))"
-        command = [sys.executable, "-c", code]
-        other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    assert "another process is at this run" in other.stdout
-    assert not (folder / "result.json").exists()
+    code = f"from benchmarks.runner import *; print('begun', flush=True); print(work({item!r}))"
+    with runner._alone(item.files):
+        other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "begun\n"
+        time.sleep(1.5)
+        assert other.poll() is None
+        result = dict.fromkeys(NEEDED, 1) | {"key": "k", "format": FORMAT}
+        item.files.result.write_text(json.dumps(result))
+    assert other.communicate(timeout=60)[0] == "None\n"
+    assert json.loads(item.files.result.read_text()) == result
 
 
 def test_a_missing_shared_folder_is_named(tmp_path):
