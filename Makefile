@@ -21,7 +21,7 @@ lint: venv
 	$(BIN)/mypy
 
 unit: venv
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 compare: venv
 	$(BIN)/python -m benchmarks compare digits-split digits-permuted

@@ -30,7 +30,8 @@ from tests.benchmarks.test_backends import (
     work,
 )
 
-pytestmark = pytest.mark.cluster
+# One process for all: a cluster takes a while to start. A cluster that does not answer fails a test instead of holding it.
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(300)]
 
 STORE = 80 * 2**20
 
@@ -146,17 +147,19 @@ def test_an_interruption_stops_the_runs(tmp_path, options):
     outcomes = execute(endless, [(tmp_path, "a"), (tmp_path, "b"), (tmp_path, "c")], options)
 
     def interrupt():
-        await_begun(tmp_path, "a", "b")
-        signal.raise_signal(signal.SIGINT)
+        try:
+            await_begun(tmp_path, "a", "b")
+        finally:  # if they never begin, the test has to fail and not to wait
+            signal.raise_signal(signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         next(outcomes)
     if options.backend == "ray":
-        await_gone(pids(tmp_path, "a", "b"), seconds=5)
+        await_gone(pids(tmp_path, "a", "b"), seconds=30)
     else:
-        await_path(tmp_path / "a stopped", seconds=5)
-        await_path(tmp_path / "b stopped", seconds=5)
+        await_path(tmp_path / "a stopped", seconds=30)
+        await_path(tmp_path / "b stopped", seconds=30)
     assert not (tmp_path / "c").exists()
     assert list(execute(work, items(tmp_path, ("", "d")), options)) == [(0, "d")], "the cluster goes on"
 
@@ -196,8 +199,8 @@ def closed():
 def test_addresses_where_nothing_is(closed):
     pytest.importorskip("ray")
     pytest.importorskip("distributed")
-    refused(Options("ray", address=f"127.0.0.1:{closed}"), f"'127.0.0.1:{closed}' cannot be reached", 5)
-    refused(Options("dask", address=f"tcp://127.0.0.1:{closed}"), f"'tcp://127.0.0.1:{closed}' does not answer", 15)
+    refused(Options("ray", address=f"127.0.0.1:{closed}"), f"'127.0.0.1:{closed}' cannot be reached", 60)
+    refused(Options("dask", address=f"tcp://127.0.0.1:{closed}"), f"'tcp://127.0.0.1:{closed}' does not answer", 60)
 
 
 @pytest.mark.parametrize("backend", ["ray", "dask"])
@@ -210,7 +213,7 @@ def test_an_address_of_something_else(silent, backend):
         f"backends.check(backends.Options({backend!r}, address={address!r}))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert f"InputError: the {'Ray cluster' if backend == 'ray' else 'Dask scheduler'} at {address!r}" in done.stderr
     assert "does not answer" in done.stderr
@@ -218,7 +221,7 @@ def test_an_address_of_something_else(silent, backend):
 
 def test_no_scheduler_at_all():
     pytest.importorskip("distributed")
-    refused(Options("dask"), "needs the address of a running scheduler", 5)
+    refused(Options("dask"), "needs the address of a running scheduler", 60)
 
 
 def test_dask_reads_its_own_configuration(dask_cluster):
