@@ -30,7 +30,7 @@ from tests.benchmarks.test_backends import (
     work,
 )
 
-# One process for all, since a cluster takes a while to start; one that does not answer fails a test instead of holding it.
+# One process for all, since a cluster takes a while to start; one that is silent fails a test instead of holding it.
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(300)]
 
 STORE = 80 * 2**20
