@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -109,6 +110,9 @@ def build_strategy(
     optimizer = kind(model.parameters(), lr=protocol.lr)
     if protocol.lr_decay is not None:
         before.append(_decay(optimizer, protocol.lr_decay, _iterations(stream, protocol.train_batch, method.joint)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are no loggers: the run writes its own
+        evaluator = EvaluationPlugin()
     strategy = template(
         model=model,
         optimizer=optimizer,
@@ -118,7 +122,7 @@ def build_strategy(
         eval_mb_size=protocol.test_batch,
         device=job.device,
         plugins=[*before, *own, InMemoryDataPlugin(), *watching],
-        evaluator=EvaluationPlugin(),
+        evaluator=evaluator,
         eval_every=-1,
     )
     return strategy, own

@@ -108,10 +108,15 @@ def load(path: Path, key: str, known: Mapping[str, Any], device: torch.device) -
     Raises:
         CheckpointError: if the file cannot be read, or is of another run.
     """
+
+    def place(storage: Any, location: str) -> Any:
+        # What was on the CPU stays there, also beside a GPU: Adam counts its steps there, so as not to wait for it.
+        return storage if location == "cpu" else torch.serialization.default_restore_location(storage, str(device))
+
     token = _KNOWN.set(known)
     try:
         # Written by `save` in the user's own folder: as trustworthy as the code itself.
-        everything = torch.load(path, map_location=device, weights_only=False)
+        everything = torch.load(path, map_location=place, weights_only=False)
     except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     finally:
