@@ -47,12 +47,6 @@ class Job:
         return {key: _text(value) for key, value in _differing(self.protocol, self.method, self.changes).items()}
 
     @property
-    def file_name(self) -> Path:
-        """Where the result goes below the output folder; changed settings make a name of their own."""
-        tag = change_tag(self.protocol, self.method, self.changes)
-        return Path(self.protocol.name) / f"{self.method}-seed{self.seed}{tag}.json"
-
-    @property
     def hyper_parameters(self) -> dict[str, Any]:
         """All figures that fix the run, ready for JSON."""
         protocol = self.protocol
@@ -102,21 +96,6 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(_text, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def combined_tag(tags: Iterable[str]) -> str:
-    """Name the changes of several methods at once, for what belongs to all of them.
-
-    Args:
-        tags: what `change_tag` gave for each method.
-
-    Returns:
-        Nothing where nothing was changed, else a tag with a leading dash.
-    """
-    different = sorted({tag for tag in tags if tag})
-    if len(different) < 2:
-        return "".join(different)
-    return "-" + hashlib.sha256("".join(different).encode()).hexdigest()[:8]
 
 
 def make_job(

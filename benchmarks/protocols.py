@@ -82,29 +82,6 @@ def resolve(
     return apply(protocol, used), apply(settings, used), used
 
 
-def check_assignments(
-    protocol_names: tuple[str, ...], method_names: tuple[str, ...], assignments: Mapping[str, str]
-) -> None:
-    """Refuse keys that none of the chosen protocols and methods knows.
-
-    Args:
-        protocol_names: the chosen protocols.
-        method_names: the chosen methods.
-        assignments: what came with `--set`.
-
-    Raises:
-        InputError: at the first such key, with the nearest ones that exist.
-    """
-    known: set[str] = set()
-    for protocol in map(find_protocol, protocol_names):
-        known.update(settable(protocol))
-        for method in method_names:
-            known.update(settable(_settings(protocol, method)))
-    for key in assignments:
-        if key not in known:
-            raise unknown("setting", key, known)
-
-
 def _settings(protocol: Protocol, method_name: str) -> Any:
     """What a protocol says of a method; the defaults where it says nothing, as of methods of other packages."""
     method = find_method(method_name)

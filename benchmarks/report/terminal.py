@@ -5,15 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
-
-from benchmarks.record import Protocol
-
-if TYPE_CHECKING:
-    from benchmarks.compare import Request
 
 _COLUMNS = (
     ("ACC %", "acc", 2),
@@ -142,38 +136,3 @@ def rich_table(name: str, table: Sequence[Row]) -> Table:
     for row, own in zip(table, cells, strict=True):
         result.add_row(row.method, str(row.seeds), *map(str, own))
     return result
-
-
-def markdown(
-    protocol: Protocol,
-    table: Sequence[Row],
-    request: Request,
-    failures: Sequence[str],
-    left_out: Mapping[str, str] = MappingProxyType({}),
-) -> str:
-    """Make a table for a file, with the command that made it and what a reader has to know.
-
-    Args:
-        protocol: the protocol.
-        table: its rows.
-        request: what was asked for.
-        failures: what went wrong, one text a run.
-        left_out: methods that do not suit the protocol, and why.
-
-    Returns:
-        The text.
-    """
-    own_headers, cells = _columns(table)
-    headers = ["method", "seeds", *own_headers]
-    lines = [f"# {protocol.name}", "", protocol.summary, "", f"    {request.command}", ""]
-    lines.append("| " + " | ".join(headers) + " |")
-    lines.append("|---" + "|---:" * (len(headers) - 1) + "|")
-    for row, own in zip(table, cells, strict=True):
-        lines.append(f"| {row.method} | {row.seeds} | " + " | ".join(map(str, own)) + " |")
-    seeds = ", ".join(str(seed) for seed in request.seeds)
-    lines += ["", f"Mean ± sample standard deviation over seeds {seeds}, on {request.device}."]
-    lines += [f"Memory: {text}." for text in dict.fromkeys(row.memory for row in table if row.memory)]
-    lines += [f"Left out: {method}: {reason}." for method, reason in left_out.items()]
-    lines += [f"Note: {note}." for note in protocol.notes]
-    lines += [f"Failed: {failure}" for failure in failures]
-    return "\n".join(lines) + "\n"

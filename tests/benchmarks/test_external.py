@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from benchmarks import external
+from benchmarks.assignments import check
 from benchmarks.jobs import make_job
 from benchmarks.methods import METHODS, find_method
-from benchmarks.protocols import check_assignments, resolve
+from benchmarks.protocols import resolve
 from benchmarks.settings import InputError, settable, values
 
 ROOT = Path(__file__).parents[2]
@@ -145,9 +146,9 @@ def test_values_that_do_not_fit_are_refused():
         make_job("digits-split", "mine", 0, CPU, {"untyped": "13"})
     with pytest.raises(InputError, match=r"'list-maker' of some-methods 1.2 makes list, expected an Avalanche plugin"):
         make_job("digits-split", "list-maker", 0, CPU, {})
-    check_assignments(("digits-split",), ("naive", "mine"), {"rates": "1"})
+    check(("digits-split",), ("naive", "mine"), {"rates": "1"})
     with pytest.raises(InputError, match=r"unknown setting 'rate'.*'rates'"):
-        check_assignments(("digits-split",), ("naive", "mine"), {"rate": "1"})
+        check(("digits-split",), ("naive", "mine"), {"rate": "1"})
 
 
 BROKEN = {

@@ -238,3 +238,33 @@ def test_epoch_curves_are_means_over_the_batches_before_their_step():
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.sub_(0.1 * parameter.grad)
+
+
+def test_readings_of_gpm_after_each_experience():
+    result = once("digits-permuted", "gpm")
+    shares = [own["free_share"] for own in result["experiences"]]
+    assert len(shares) == 3
+    for earlier, later in pairwise(shares):
+        assert all(later[layer] < earlier[layer] <= 1 for layer in later)
+    lines = [line.split() for line in result["method_report"].splitlines() if " projected " in line]
+    assert {words[0].removesuffix(".weight"): float(words[-2]) for words in lines} == {
+        layer: pytest.approx(100 * share, abs=0.05) for layer, share in shares[-1].items()
+    }
+    ranks = {words[0]: (int(words[-3]), int(words[1].split("x")[1])) for words in lines}
+    assert result["bytes_held"] == result["experiences"][-1]["bytes_held"]
+    assert result["bytes_held"] >= sum(4 * rank * inputs for rank, inputs in ranks.values())
+    assert (result["added_parameters"], result["growth"], result["diverged"]) == (0, None, False)
+
+
+def test_readings_of_methods_that_keep_nothing_or_grow():
+    plain = once("digits-split", "naive")
+    assert (plain["bytes_held"], plain["experiences"][0]["free_share"], plain["method_report"]) == (None, None, None)
+    grown = once("digits-split", "halrp", max_growth="0.5", epochs="2")
+    base = sum(p.numel() for p in build_model("mlp", digits_split(3), 100).parameters())
+    assert grown["growth"] > 0
+    assert grown["added_parameters"] == pytest.approx(grown["growth"] * base, rel=0.05)
+
+
+def digits_split(experiences):
+    job = make_job("digits-split", "naive", 0, CPU, {"n_experiences": str(experiences)})
+    return build_stream(job.protocol, read_digits(), 0)

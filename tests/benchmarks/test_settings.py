@@ -1,13 +1,17 @@
-"""Settings from texts: types, bounds, unknown names, and the names that changed settings give to files."""
+"""Settings from texts: types, bounds, unknown names, and the names that changed settings give to folders."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.jobs import combined_tag, make_job
+from benchmarks.assignments import check
+from benchmarks.folders import run_folder
+from benchmarks.jobs import make_job
 from benchmarks.methods import METHODS
-from benchmarks.protocols import PROTOCOLS, check_assignments, resolve
+from benchmarks.protocols import PROTOCOLS, resolve
 from benchmarks.settings import InputError, parse_assignments, values
 
 
@@ -52,13 +56,13 @@ def test_fields_that_do_not_apply_cannot_be_set():
         ("digits-permuted", "classes_per_experience"),
     ):
         with pytest.raises(InputError, match=f"unknown setting '{key}'"):
-            check_assignments((protocol,), ("naive",), {key: "3"})
+            check((protocol,), ("naive",), {key: "3"})
 
 
 def test_a_key_of_one_chosen_method_is_enough():
-    check_assignments(("digits-split",), ("naive", "gpm"), {"threshold": "0.9"})
+    check(("digits-split",), ("naive", "gpm"), {"threshold": "0.9"})
     with pytest.raises(InputError, match="did you mean 'threshold'"):
-        check_assignments(("digits-split",), ("naive", "gpm"), {"treshold": "0.9"})
+        check(("digits-split",), ("naive", "gpm"), {"treshold": "0.9"})
 
 
 @pytest.mark.parametrize("texts", [["lr"], ["=3"], ["lr=1", "lr=2"]])
@@ -77,21 +81,16 @@ def test_every_protocol_has_values_for_every_method_and_says_where_from():
 
 
 def name(protocol, method, **changes):
-    return make_job(protocol, method, 1, torch.device("cpu"), changes).file_name.as_posix()
+    job = make_job(protocol, method, 1, torch.device("cpu"), changes)
+    return run_folder(Path("results"), job, "0123456789").path.as_posix()
 
 
 def test_changed_settings_give_other_file_names():
     plain = name("digits-split", "ewc")
-    assert plain == "digits-split/ewc-seed1.json"
+    assert plain == "results/runs/digits-split/ewc-seed1-01234567"
     assert name("digits-split", "ewc", threshold="0.5") == plain  # another method's
     assert name("digits-split", "ewc", epochs=str(PROTOCOLS["digits-split"].epochs)) == plain  # not a change
     changed = name("digits-split", "ewc", ewc_lambda="2")
     assert changed != plain
     assert changed == name("digits-split", "ewc", ewc_lambda="2.0")
     assert changed != name("digits-split", "ewc", ewc_lambda="2", epochs="1")
-
-
-def test_tags_of_several_methods_join():
-    assert combined_tag({""}) == ""
-    assert combined_tag(["", "-abc"]) == "-abc"
-    assert combined_tag(["-b", "-a"]) == combined_tag(["-a", "-b", ""]) != combined_tag(["-a"])
