@@ -78,17 +78,20 @@ def _table(protocol: str, methods: Sequence[str] | None, results: Sequence[Mappi
     for name in methods or ():
         if name not in names:
             raise InputError(f"a document asks for the reference results of {name!r} on {protocol!r}: there are none")
-    rows = ["| method | seeds | ACC % | BWT % | FWT % | training s | kept of the past, kB |"]
-    rows += ["|---|---:|---:|---:|---:|---:|---:|"]
+    chosen = [result for result in own if result["method"] in (methods or names)]
+    grows = any(result["growth"] is not None for result in chosen)
+    titles = ["method", "seeds", "ACC %", "BWT %", "FWT %", *(["growth %"] if grows else [])]
+    titles += ["training s", "kept of the past, kB"]
+    rows = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
     heads = own[0]["hyper_parameters"].get("outputs") == "heads"
     for name in methods or names:
         runs = [result for result in own if result["method"] == name]
         seconds = _cell(runs, "train_seconds", 0 if runs[0]["train_seconds"] >= 100 else 1)
         transfer = "-" if heads else _cell(runs, "forward_transfer", 2)
-        rows.append(
-            f"| {name} | {len(runs)} | {_cell(runs, 'acc', 2)} | {_cell(runs, 'bwt', 2)} | {transfer} | {seconds} "
-            f"| {_cell(runs, 'bytes_held', 0, 1000)} |"
-        )
+        cells = [name, len(runs), _cell(runs, "acc", 2), _cell(runs, "bwt", 2), transfer]
+        cells += [_cell(runs, "growth", 1, 0.01)] if grows else []
+        cells += [seconds, _cell(runs, "bytes_held", 0, 1000)]
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
 
 

@@ -26,6 +26,7 @@ def result(protocol="digits-permuted", method="naive", seed=0, acc=90.0, bwt=-5.
         "forward_transfer": 1.0,
         "train_seconds": 1.23456789,
         "bytes_held": None,
+        "growth": None,
         "loss_matrix": [[0.123456789]],
         "method_report": None,
         "key": "abc",
@@ -121,6 +122,9 @@ def test_tables_of_documents_hold_means_and_deviations():
     assert readme.fill(filled, kept) == filled
     with_heads = readme.fill(text.replace("permuted", "split").replace("gpm,", ""), [result(protocol="digits-split")])
     assert "| naive | 1 | 90.00 | -5.00 | - |" in with_heads
+    grown = readme.fill(text, [*kept, result(method="gpm", seed=1, acc=95.5, growth=0.25)])
+    assert "| ACC % | BWT % | FWT % | growth % | training s |" in grown
+    assert "| gpm | 2 | 95.50 ± 0.00 | -5.00 ± 0.00 | 1.00 ± 0.00 | 25.0 | 1.2 ± 0.0 | 18 |" in grown
     for wrong in ("nothing", "digits-permuted methods=ewc"):
         with pytest.raises(InputError, match=wrong.split("=")[-1]):
             readme.fill(f"<!-- reference: {wrong} -->\n<!-- end of reference -->", kept)
