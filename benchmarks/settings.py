@@ -68,7 +68,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(repr(item) for item in near)}? " if near else ""
     listing = ", ".join(names) if names else "none"
-    return InputError(f"unknown {kind} {name!r}: {hint}(known: {listing})")
+    return InputError(
+        f"unknown {kind} {name!r}: {hint}(known: {listing})" if hint else f"unknown {kind} {name!r} (known: {listing})"
+    )
 
 
 def parse_assignments(texts: Sequence[str]) -> dict[str, str]:

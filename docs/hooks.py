@@ -40,7 +40,7 @@ def protocols_page() -> str:
         "# Protocols",
         "What `python -m benchmarks run` and `compare` can run: stream, network, schedule, and for each method its "
         "hyper-parameters, with the source of each figure. Everything in a table of settings can be changed with "
-        "`--set key=value`. `python -m benchmarks list NAME` shows the same in a terminal.",
+        "`--set key=value`. `python -m benchmarks list NAME` shows figures and sources in a terminal.",
         _table(("protocol", "what"), [(f"[{p.name}](#{p.name})", p.summary) for p in PROTOCOLS.values()]),
     ]
     for protocol in PROTOCOLS.values():

@@ -91,8 +91,10 @@ class Method(ABC):
 
         Args:
             model: the trained model.
-            batches: inputs of the experience, in mini-batches.
-            forward: runs the model on a batch; default `model(batch)`.
+            batches: samples of the experience, in mini-batches: what a plain loop gives, or from a plugin what
+                Avalanche collates, `[x, y, task label]`.
+            forward: runs the model on such a batch, as a plugin's strategy would (task labels select heads); default
+                the model on the batch, or on its first part.
         """
 
     def required_samples(self) -> int | None:

@@ -20,7 +20,7 @@ The plugin must have `report()`, `state_dict()` and `load_state_dict(state)`. It
 `"version"`; one of another method or version is refused with a `StateError`, a bad argument with another exception of
 `avalanche_gradproj.errors` that names it. A core made of the classes in `avalanche_gradproj.methods.base`, run by a
 plugin of `avalanche_gradproj.plugins`, has most of this already. Checks train small networks on small random streams:
-a few seconds a method in all.
+some seconds a case.
 """
 
 from avalanche_gradproj.testing.cases import MethodCase, strategy, stream

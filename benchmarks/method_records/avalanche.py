@@ -68,7 +68,13 @@ AVALANCHE = (
     Method("naive", "fine-tuning, nothing against forgetting", NoSettings, _no_plugins),
     Method("ewc", "Avalanche's elastic weight consolidation", EwcSettings, _ewc),
     Method("replay", "Avalanche's experience replay", ReplaySettings, _replay),
-    Method("joint", "all experiences at once, an upper bound", NoSettings, _no_plugins, joint=True),
+    Method(
+        "joint",
+        "all experiences at once, for as many epochs; often an upper bound",
+        NoSettings,
+        _no_plugins,
+        joint=True,
+    ),
     Method("gem", "Avalanche's gradient episodic memory", GemSettings, _gem, refuse=_refuse_gem),
     Method("agem", "Avalanche's averaged gradient episodic memory", AgemSettings, _agem, refuse=_refuse_agem),
 )

@@ -9,7 +9,8 @@ from typing import Any
 #: What the number for memory is.
 MEMORY: Mapping[str, str] = {
     "resident_during_run": "peak resident memory of the process during the run: interpreter, libraries and data are in "
-    "it, the same for every method, so that ratios say little; differences are what the method adds",
+    "it, the same for every method, so that ratios say little; and differences of "
+    "some MB are noise, since a process that does several runs keeps what the libraries loaded for earlier ones",
     "resident_since_start": "peak resident memory of the process since it began: where several runs share a process, a "
     "later one never shows less than an earlier one, so that methods cannot be compared",
     "cuda_allocated": "peak memory that PyTorch had allocated on the device during the run, without what its allocator "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.report.formatting import count_of, figure_interval, shared_changes, unsaid_changes, with_spread
 from benchmarks.report.markup import Markup, join, lines, table, tag
-from benchmarks.report.statistics import ALPHA, Comparisons
+from benchmarks.report.statistics import ALPHA, Comparisons, holm
 from benchmarks.report.summary import Figure, Metric, Row, shown
 
 
@@ -68,17 +68,19 @@ def _marks(rows: Sequence[Row], found: Comparisons) -> tuple[dict[str, str], str
         return {}, ""
     best = max(ranked, key=lambda row: row.figures["acc"].mean or 0.0)
     marks = {best.label: "▲"}
-    untested = False
-    for row in ranked:
-        pair = found.between(best.label, row.label) if row is not best else None
-        if pair is not None and pair.corrected is None:
-            untested = True
-        elif pair is not None and not pair.differs and found.reachable:
-            marks[row.label] = "≈"
+    pairs = {row.label: found.between(best.label, row.label) for row in ranked if row is not best}
+    known = {label: pair for label, pair in pairs.items() if pair is not None and pair.p is not None}
+    untested = len(known) < len(pairs)
+    # Corrected for the comparisons with the best alone: over all pairs even large differences would seem to be none.
+    corrected = dict(zip(known, holm([pair.p or 0.0 for pair in known.values()]), strict=True))
+    reachable = bool(known) and min(pair.smallest for pair in known.values()) * len(known) < ALPHA
+    if reachable:
+        marks |= {label: "≈" for label, p in corrected.items() if p >= ALPHA}
     joint = " Joint training, which has all data at once, takes no part." if any(row.joint for row in rows) else ""
-    if not found.reachable:
+    if not reachable:
         return marks, f"▲ highest mean ACC; with so few seeds the tests cannot tell whether it is any better.{joint}"
-    text = f"▲ highest mean ACC; ≈ not told apart from it (corrected p not below {ALPHA}), which does not mean equal."
+    text = "▲ highest mean ACC; ≈ not told apart from it, which does not mean equal "
+    text += f"(p not below {ALPHA}, corrected for the {len(known)} comparisons with it)."
     if untested:
         text += " Methods without a mark may not have been tested: see below."
     return marks, text + joint

@@ -97,12 +97,13 @@ def _published(name: str, rows: list[Row]) -> Markup:
             ]
         )
     headings = (
-        "method", "published ACC (%)", "published BWT (%)", "ACC here (%)", "BWT here (%)", "seeds here",
+        "method", "their ACC (%)", "their BWT (%)", "ACC here (%)", "BWT here (%)", "seeds here",
         "same protocol",
         "what differs, and the source",
     )  # fmt: skip
-    caption = "Published figures beside ours. Where the protocols are not the same, the numbers are not comparable."
-    return lines([tag("h3", "Published figures"), table(caption, headings, body, "text")])
+    caption = "Figures of papers, and of the authors' code, beside ours. "
+    caption += "Where the protocols are not the same, the numbers are not comparable."
+    return lines([tag("h3", "Figures from elsewhere"), table(caption, headings, body, "text")])
 
 
 def _drawings(drawn: Sequence[Plot]) -> Markup:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from scipy import stats
 
-from benchmarks.report.summary import half_width, number
+from benchmarks.report.summary import half_width, is_joint, number
 
 Test = Literal["t", "wilcoxon"]
 
@@ -90,7 +90,7 @@ class Comparisons:
 def compare_pairs(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], *, test: Test = "t", metric: str = "acc"
 ) -> Comparisons:
-    """Compare every two labels of one protocol.
+    """Compare every two labels of one protocol; joint training, which has all data at once, takes no part.
 
     Args:
         runs: label to its runs, as `Study.of` returns them.
@@ -100,7 +100,7 @@ def compare_pairs(
     Returns:
         The comparisons, corrected by Holm's method over all that could be tested.
     """
-    found = {label: _by_seed(own, metric) for label, own in runs.items()}
+    found = {label: _by_seed(own, metric) for label, own in runs.items() if not any(map(is_joint, own))}
     pairs = [_compare(one, other, found[one], found[other], test) for one, other in combinations(found, 2)]
     known = {index: pair.p for index, pair in enumerate(pairs) if pair.p is not None}
     for index, value in zip(known, holm(list(known.values())), strict=True):

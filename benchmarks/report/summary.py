@@ -66,8 +66,7 @@ METRICS = (
         "%",
         2,
         "mean accuracy on the next experience before it is learned, less that of "
-        "the untrained network; where each experience has a head of its own that head is still untrained, and "
-        "the figure says nothing",
+        "the untrained network; none where each experience has a head of its own, which is still untrained then",
         better="higher",
     ),
     Metric(
@@ -202,13 +201,19 @@ def summarise(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
             label,
             str(own[0].get("method", label)),
             tuple(run["seed"] for run in own),
-            {metric.key: figure(run.get(metric.key) for run in own) for metric in METRICS},
+            {metric.key: figure(_value(run, metric.key) for run in own) for metric in METRICS},
             dict(own[0].get("changed") or {}),
             is_joint(own[0]),
         )
         for label, own in runs.items()
         if own
     ]
+
+
+def _value(run: Mapping[str, Any], key: str) -> Any:
+    """Read a figure; there is no forward transfer to a head that is still untrained."""
+    heads = (run.get("hyper_parameters") or {}).get("outputs") == "heads"
+    return None if heads and key == "forward_transfer" else run.get(key)
 
 
 def shown(rows: Sequence[Row]) -> list[Metric]:

@@ -129,7 +129,7 @@ def test_what_is_not_there_has_no_heading() -> None:
     for words in (
         "Failed runs",
         "Methods left out",
-        "Published figures",
+        "Figures from elsewhere",
         "Paired tests on",
         "Contents",
         "Not complete",
