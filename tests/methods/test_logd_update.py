@@ -71,7 +71,8 @@ def update(gradient, old, dtype=torch.float64, **kwargs):
 def test_paper_variant_solves_the_quadratic_program(count, size, components, shift, seed):
     gradient, old = draw(count, size, shift, seed)
     found = update(gradient, old, n_components=components)
-    np.testing.assert_allclose(found, paper(gradient, old, components), atol=1e-8 * np.linalg.norm(gradient))
+    # Gram matrices square condition numbers: where nearly all is removed, half of the digits are left.
+    np.testing.assert_allclose(found, paper(gradient, old, components), atol=1e-7 * np.linalg.norm(gradient))
 
 
 @settings(max_examples=300, deadline=None)
