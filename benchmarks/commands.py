@@ -116,11 +116,13 @@ def verify(
 
 def _again(name: str, own: list[dict[str, Any]], data: list[str] | None, jobs: int) -> Any:
     """Describe the comparison that does reference runs of one protocol again."""
-    from benchmarks.protocols import PROTOCOLS
+    from benchmarks.protocols import PROTOCOLS, find_protocol
     from benchmarks.request import Description
 
-    mine = [text for text in data or () if text.partition("=")[0] in (name, text) or "=" not in text]
-    mine += [text for text in data or () if text not in mine and text.partition("=")[0] not in PROTOCOLS]
+    others = {*PROTOCOLS} - {name}
+    mine = [text for text in data or () if text.partition("=")[0] not in others]
+    if find_protocol(name).source == "digits":
+        mine = []  # the file is for the other protocols
     return Description(
         protocols=[name],
         methods=list(dict.fromkeys(result["method"] for result in own)),

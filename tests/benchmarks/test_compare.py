@@ -11,42 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from benchmarks import run as run_module
 from benchmarks import runner
-from benchmarks.cli import app
 from benchmarks.folders import NEEDED
 from benchmarks.trace import FORMAT
+from tests.benchmarks.comparing import QUICK, compare, counting, results
 
-QUICK = ["--set", "epochs=1", "--set", "train_limit=40", "--set", "n_experiences=2"]
 ROOT = Path(__file__).parents[2]
-
-
-def compare(tmp_path, *arguments, code=0):
-    result = CliRunner().invoke(app, ["compare", *arguments, "--out", str(tmp_path / "results")])
-    assert result.exit_code == code, result.output
-    return result
-
-
-def results(tmp_path):
-    return {
-        file.parent.name: json.loads(file.read_text())
-        for file in sorted((tmp_path / "results" / "runs").rglob("result.json"))
-    }
-
-
-def counting(monkeypatch):
-    """Count the runs that are really done."""
-    done = []
-    real = run_module.run
-
-    def run(job, *rest):
-        done.append((job.protocol.name, job.method, job.seed))
-        return real(job, *rest)
-
-    monkeypatch.setattr(run_module, "run", run)
-    return done
 
 
 def test_finished_runs_are_never_repeated(tmp_path, monkeypatch):
@@ -192,62 +164,6 @@ def test_settings_of_one_method_or_protocol_alone(tmp_path):
         ("digits-permuted", "naive"): (1, 3),
         ("digits-permuted", "replay"): (2, 3),
     }
-
-
-def test_a_file_says_what_the_options_say(tmp_path, monkeypatch):
-    done = counting(monkeypatch)
-    file = tmp_path / "study.yaml"
-    file.write_text(
-        "protocols: [digits-split]\nmethods: [naive, gpm]\nseeds: [0, 1]\n"
-        "set: {epochs: 1, train_limit: 40, n_experiences: 2, n_samples: 20}\n"
-        "grid:\n  gpm.threshold: [0.9, [0.9, 0.95]]\n"
-    )
-    compare(tmp_path, "--file", str(file))
-    assert len(done) == 6
-    text = (tmp_path / "results" / "study" / "table.md").read_text()
-    assert "--grid 'gpm.threshold=0.9;0.9,0.95;'" in text
-    compare(
-        tmp_path, "digits-split", "--methods", "naive,gpm", "--seeds", "0,1", *QUICK, "--set", "n_samples=20",
-        "--grid", "gpm.threshold=0.9;0.9,0.95",
-    )  # fmt: skip
-    assert len(done) == 6
-    compare(
-        tmp_path,
-        "--file",
-        str(file),
-        "--seeds",
-        "0",
-        "--methods",
-        "naive",
-        "--grid",
-        "lr=0.1",
-        "--set",
-        "epochs=2",
-        code=2,
-    )
-
-
-BAD_FILES = {
-    "protocols: [digits-split]\nmethod: [naive]": ["unknown entry", "'method'", "'methods'"],
-    "- digits-split": ["list", "expected entries"],
-    "protocols: [digits-split\n": ["no YAML"],
-    "protocols: [digits-split]\nseeds: [zero]": ["seeds", "list of int"],
-    "protocols: [digits-split]\ngrid: {gpm.threshold: 0.9}": ["gpm.threshold", "a list of values"],
-    "protocols: [digits-split]\nset: [epochs]": ["set", "key: value"],
-    "protocols: [digits-split]\njobs: two": ["jobs", "a number"],
-    "methods: [naive]": ["no protocol"],
-}
-
-
-@pytest.mark.parametrize("text", BAD_FILES)
-def test_what_is_wrong_in_a_file_is_named(tmp_path, text):
-    file = tmp_path / "study.yaml"
-    file.write_text(text)
-    result = compare(tmp_path, "--file", str(file), code=2)
-    assert result.stderr.count("\n") == 1
-    for fragment in BAD_FILES[text]:
-        assert fragment in result.stderr
-    assert not (tmp_path / "results").exists()
 
 
 def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, monkeypatch):

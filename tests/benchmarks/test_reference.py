@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import gather, readme, reference, verify
+from benchmarks import commands, gather, readme, reference, verify
 from benchmarks.cli import app
 from benchmarks.settings import InputError
 
@@ -186,3 +186,11 @@ def test_verify_fails_where_a_run_differs(tmp_path, monkeypatch):
     assert found.exit_code == 1
     assert "DIFFERS" in found.stdout
     assert "0 of 1 runs agree" in found.stdout
+
+
+def test_verify_gives_a_file_to_the_protocols_that_take_one():
+    own = [{"method": "naive", "seed": 0, "threads": 1}]
+    given = ["mnist.npz", "pmnist-logd=other.npz"]
+    assert commands._again("digits-split", own, given, 1).data is None
+    assert commands._again("pmnist-bn", own, given, 1).data == ["mnist.npz"]
+    assert commands._again("pmnist-logd", own, given[1:], 1).data == ["pmnist-logd=other.npz"]
