@@ -115,6 +115,7 @@ class KfacSettings:
         n_factor_samples: training samples that factors are made of, or `all`.
         truncate: share of a factor's squared norm that is kept in eigenvectors, 1 for all of it.
         damping: added to the curvature of every penalised parameter.
+        refresh_every: steps for which value and gradient of the penalty are kept.
     """
 
     strength: float = setting(1.0, minimum=0)
@@ -123,6 +124,7 @@ class KfacSettings:
     n_factor_samples: int | Literal["all"] = setting("all", minimum=1)
     truncate: float = setting(1.0, above=0, maximum=1)
     damping: float = setting(0.0, minimum=0)
+    refresh_every: int = setting(1, minimum=1)
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class XkfacSettings:
         factor_batch: samples of a mini-batch in the passes over the data: the curvature is that of such batches.
         truncate: share of a factor's squared norm that is kept in eigenvectors, 1 for all of it.
         damping: added to the curvature of every penalised parameter.
+        refresh_every: steps for which value and gradient of the penalty are kept.
         reparameterise: merged weights as the layers' own at the start of an experience.
         inter_example: the curvature's term across samples.
         batchnorm: `merge` with layers, `freeze` after the first experience, or `track`.
@@ -151,6 +154,7 @@ class XkfacSettings:
     factor_batch: int = setting(128, minimum=2)
     truncate: float = setting(1.0, above=0, maximum=1)
     damping: float = setting(0.0, minimum=0)
+    refresh_every: int = setting(1, minimum=1)
     reparameterise: bool = setting(True)
     inter_example: bool = setting(True)
     batchnorm: Literal["merge", "freeze", "track"] = setting("merge")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from avalanche.training.plugins import EvaluationPlugin
@@ -24,6 +25,8 @@ MLP_BATCH, ALEXNET_BATCH, CLASSES = 128, 64, 10
 #: Samples that factors are made of, and of an epoch.
 MLP_SAMPLES, ALEXNET_SAMPLES = 6400, 1280
 SHARES = (0.99, 0.999)
+#: Steps for which a penalty is kept, where it is: what is timed are as many steps.
+KEPT = 8
 
 
 def images(count: int, channels: int, size: int) -> Tensor:
@@ -67,8 +70,9 @@ def steps(
     batch: int,
     methods: dict[str, Callable[[], KroneckerLaplace]],
     device: torch.device,
+    repeats: int = 31,
 ) -> list[Timing]:
-    """Time a step of plain SGD and of each method, all on networks of the same weights."""
+    """Time a step of plain SGD and of each method, the mean of `KEPT`, all on networks of the same weights."""
     variants: dict[str, Callable[[], object]] = {}
     data = data.to(device)
     y = torch.randint(CLASSES, (batch,), device=device)
@@ -81,18 +85,30 @@ def steps(
                 method.consolidate(model, data.split(128))
                 further = {"batches": data.split(128)} if isinstance(method, ExtendedKroneckerLaplace) else {}
                 stack.enter_context(method.experience(model, samples=len(data), **further))
-            variants[name] = step(model, data[:batch], y, method)
-        return in_turn(variants, repeats=41, warmup=5)
+            variants[name] = _repeated(step(model, data[:batch], y, method), KEPT)
+        timings = in_turn(variants, repeats=repeats, warmup=3)
+    return [replace(timing, seconds=timing.seconds / KEPT) for timing in timings]
+
+
+def _repeated(run: Callable[[], None], count: int) -> Callable[[], None]:
+    def several() -> None:
+        for _ in range(count):
+            run()
+
+    return several
 
 
 def measure(device: torch.device) -> Iterator[tuple[str, list[Timing]]]:
     """Yield each table's title and timings."""
     flat, pictures = images(MLP_SAMPLES, 1, 28), images(ALEXNET_SAMPLES, 3, 32)
 
-    def kfac(share: float | None, mode: str = "online") -> Callable[[], KroneckerLaplace]:
-        return lambda: KroneckerLaplace(mode=mode, truncate=share)
+    def kfac(share: float | None, mode: str = "online", every: int = 1) -> Callable[[], KroneckerLaplace]:
+        return lambda: KroneckerLaplace(mode=mode, truncate=share, refresh_every=every)
 
+    kept = f"products formed every {KEPT} steps"
     truncated = {f"K-FAC Laplace, truncated at {share}": kfac(share) for share in SHARES}
+    truncated[f"K-FAC Laplace, whole factors, {kept}"] = kfac(None, every=KEPT)
+    truncated[f"K-FAC Laplace, truncated at {SHARES[0]}, {kept}"] = kfac(SHARES[0], every=KEPT)
     yield (
         f"A step of the perceptron 784-100-100-10, batch {MLP_BATCH}, online",
         steps(perceptron, flat, MLP_BATCH, {"K-FAC Laplace, whole factors": kfac(None), **truncated}, device),
@@ -100,11 +116,13 @@ def measure(device: torch.device) -> Iterator[tuple[str, list[Timing]]]:
     extended: dict[str, Callable[[], KroneckerLaplace]] = {
         "XK-FAC, whole factors": ExtendedKroneckerLaplace,
         **{f"XK-FAC, truncated at {share}": _extended(share) for share in SHARES},
+        f"XK-FAC, whole factors, {kept}": lambda: ExtendedKroneckerLaplace(refresh_every=KEPT),
     }
     with_norms = "The same with BatchNorm"
     yield with_norms, steps(lambda: perceptron(batch_norm=True), flat, MLP_BATCH, extended, device)
     yield f"The same inside Avalanche: an epoch of {MLP_SAMPLES} samples", avalanche_epochs(flat, device)
     separate = {f"K-FAC Laplace, truncated at {share}": kfac(share, "separate") for share in SHARES}
+    separate[f"K-FAC Laplace, whole factors, {kept}"] = kfac(None, "separate", KEPT)
     yield (
         f"A step of AlexNet, batch {ALEXNET_BATCH}",
         steps(
@@ -113,6 +131,7 @@ def measure(device: torch.device) -> Iterator[tuple[str, list[Timing]]]:
             ALEXNET_BATCH,
             {"K-FAC Laplace, whole factors": kfac(None, "separate"), **separate},
             device,
+            repeats=7,
         ),
     )
     yield (
@@ -144,10 +163,16 @@ def avalanche_epochs(data: Tensor, device: torch.device) -> list[Timing]:
     ).train_stream
     variants: dict[str, Callable[[], object]] = {}
     for loader in ("Avalanche's loader", "in memory"):
-        for name, share in (("Naive", None), ("K-FAC, whole", 1.0), ("K-FAC, 0.99", 0.99)):
+        for name, share, every in (
+            ("Naive", None, 1),
+            ("K-FAC, whole", 1.0, 1),
+            ("K-FAC, 0.99", 0.99, 1),
+            (f"K-FAC, whole, every {KEPT} steps", 1.0, KEPT),
+        ):
             torch.manual_seed(0)
             model = perceptron().to(device)
-            own = [] if share is None else [KFACLaplacePlugin(mode="online", truncate=None if share == 1 else share)]
+            thin = None if share == 1 else share
+            own = [] if share is None else [KFACLaplacePlugin(mode="online", truncate=thin, refresh_every=every)]
             strategy = Naive(
                 model=model,
                 optimizer=torch.optim.SGD(model.parameters(), lr=1e-4),

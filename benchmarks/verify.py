@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
 from benchmarks.files import finite
+from benchmarks.methods import find_method
 
 #: Percent within which a run agrees, however small the spread: a few test samples.
 FLOOR = 0.3
@@ -73,8 +74,24 @@ def judge(now: Mapping[str, Any], references: Sequence[Mapping[str, Any]]) -> Ve
         bwt=(now["bwt"], then["bwt"]) if has_transfer else None,
         allowed=(_allowed(references, "acc"), _allowed(references, "bwt")),
         equal=now["accuracy_matrix"] == then["accuracy_matrix"],
-        same_settings=finite(now["hyper_parameters"]) == finite(then["hyper_parameters"]),
+        same_settings=same_settings(now["method"], now["hyper_parameters"], then["hyper_parameters"]),
     )
+
+
+def same_settings(method: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+    """Tell whether a run has the settings of its reference.
+
+    A setting of the method that the reference does not know came later: it has to be at its default, which is what the
+    method did before.
+
+    Args:
+        method: its name.
+        now: the run's settings.
+        then: those of the reference.
+    """
+    defaults = asdict(find_method(method).settings())
+    known = {key: value for key, value in now.items() if key in then or key not in defaults or value != defaults[key]}
+    return bool(finite(known) == finite(dict(then)))
 
 
 def _allowed(references: Sequence[Mapping[str, Any]], key: str) -> float:

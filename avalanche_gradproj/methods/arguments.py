@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from avalanche_gradproj.errors import ConfigurationError, numbers
+from avalanche_gradproj.errors import ConfigurationError, StateError, numbers
 
 
 def one_number(argument: str, given: Any, kind: type, expected: str, valid: Callable[[Any], bool]) -> Any:
@@ -50,9 +50,30 @@ def switches(**given: Any) -> None:
             raise ConfigurationError(f"{argument}={value!r}: give True or False")
 
 
+def kinds(state: Mapping[str, Any], **wanted: Any) -> None:
+    """Check that a state's entries are of the kinds that they were saved as.
+
+    Args:
+        state: the state.
+        wanted: a type, or a union of some, by key.
+
+    Raises:
+        StateError: naming the first entry that is of another kind, or missing.
+    """
+    for key, kind in wanted.items():
+        if not isinstance(state.get(key), kind):
+            expected = getattr(kind, "__name__", str(kind))
+            raise StateError(f"the state's {key!r} is {state.get(key)!r:.80}, expected {expected}: it is damaged")
+
+
 def finite(value: float) -> bool:
     """Whether a number is neither negative nor infinite."""
     return 0 <= value < float("inf")
+
+
+def positive(value: int) -> bool:
+    """Whether an integer is at least 1."""
+    return value >= 1
 
 
 def share(value: float) -> bool:

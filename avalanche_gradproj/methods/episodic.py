@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from avalanche_gradproj.errors import ConfigurationError, DataError, NonFiniteError, StateError, choice
+from avalanche_gradproj.methods.arguments import kinds
 
 SELECTIONS = ("random", "last")
 
@@ -188,11 +189,7 @@ class EpisodicMemory:
         Raises:
             StateError: if it is no such state, or of another number of samples or other shapes; nothing changes then.
         """
-        for key, kind in (("experiences", int), ("patterns_per_exp", int), ("samples", list)):
-            if not isinstance(state.get(key), kind):
-                raise StateError(
-                    f"the state's {key!r} is {state.get(key)!r:.80}, expected a {kind.__name__}: it is damaged"
-                )
+        kinds(state, experiences=int, patterns_per_exp=int, samples=list)
         if state["patterns_per_exp"] != self.size:
             raise StateError(
                 f"the state keeps patterns_per_exp={state['patterns_per_exp']}, this method {self.size}: make it with "

@@ -14,6 +14,7 @@ from avalanche_gradproj.errors import DataError, StateError, choice, in_unit, nu
 from avalanche_gradproj.layers.select import UNCOVERED, Coverage, cover
 from avalanche_gradproj.linalg.projection import ROUTES
 from avalanche_gradproj.linalg.subspace import RANK_RULES, grow_basis
+from avalanche_gradproj.methods.arguments import kinds
 from avalanche_gradproj.methods.base import Forward, GradientTransform
 from avalanche_gradproj.methods.memory import BasisMemory
 from avalanche_gradproj.methods.projected import ProjectedTraining, warn_of_stray
@@ -287,11 +288,9 @@ class GradientProjectionMemory(GradientTransform):
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        for key, kind in (("experiences", int), ("protecting", bool), ("known", list), ("bases", dict)):
-            if not isinstance(state.get(key), kind) or (key == "experiences" and state[key] < 0):
-                raise StateError(
-                    f"the state's {key!r} is {state.get(key)!r:.80}, expected a {kind.__name__}: it is damaged"
-                )
+        kinds(state, experiences=int, protecting=bool, known=list, bases=dict)
+        if state["experiences"] < 0:
+            raise StateError(f"the state's 'experiences' is {state['experiences']}, expected 0 or more: it is damaged")
         self._memory.load(state["bases"])
         self.experiences, self._protecting = state["experiences"], state["protecting"]
         self._known = frozenset(state["known"])

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from avalanche_gradproj.errors import DataError, StateError, choice
 from avalanche_gradproj.layers.select import Coverage, cover
 from avalanche_gradproj.linalg.cross_entropy import FISHERS
-from avalanche_gradproj.methods.arguments import finite, one_number, optional_number, share, strengths
+from avalanche_gradproj.methods.arguments import finite, kinds, one_number, optional_number, positive, share, strengths
 from avalanche_gradproj.methods.base import Forward, Penalty
 from avalanche_gradproj.methods.kfac_factors import FactorPass
 from avalanche_gradproj.methods.kfac_labels import Criterion, at_most, check_criterion
@@ -63,6 +63,7 @@ class KroneckerLaplace(Penalty):
         truncate: None, or a share in (0, 1]: see `linalg.kronecker.Factor.truncated`; factors stay whole where their
             truncation would not make products cheaper.
         damping: added to every eigenvalue of each experience's curvature of a sample, for every penalised parameter.
+        refresh_every: calls of `penalty` for which value and gradient are kept (`kfac_penalty.QuadraticPenalty`).
         include: patterns of layers to cover (see `layers.select.cover`).
         exclude: patterns of layers and parameters to leave alone.
         seed: of the generator that draws samples and labels; the global random state is not touched.
@@ -88,6 +89,7 @@ class KroneckerLaplace(Penalty):
         n_samples: int | None = None,
         truncate: float | None = None,
         damping: float = 0.0,
+        refresh_every: int = 1,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         seed: int = 0,
@@ -96,11 +98,10 @@ class KroneckerLaplace(Penalty):
         choice("fisher", fisher, FISHERS)
         self.strength = strengths(strength)
         self.mode, self.fisher = mode, fisher
-        self.n_samples: int | None = optional_number(
-            "n_samples", n_samples, int, "a positive integer", lambda v: v >= 1
-        )
+        self.n_samples: int | None = optional_number("n_samples", n_samples, int, "a positive integer", positive)
         self.truncate: float | None = optional_number("truncate", truncate, float, "a share above 0 and up to 1", share)
         self.damping: float = one_number("damping", damping, float, "a number from 0", finite)
+        self.refresh_every: int = one_number("refresh_every", refresh_every, int, "a positive integer", positive)
         self.seed: int = one_number("seed", seed, int, "an integer from 0 to 2**31", lambda v: 0 <= v <= 2**31)
         self.include, self.exclude = include, exclude
         self.criterion: Criterion | None = None
@@ -170,7 +171,7 @@ class KroneckerLaplace(Penalty):
             ConfigurationError: for patterns that match nothing, `samples`, or a criterion that `fisher` is not of.
             StateError: if the model is not the one that the factors belong to.
         """
-        samples = optional_number("samples", samples, int, "a positive integer", lambda v: v >= 1)
+        samples = optional_number("samples", samples, int, "a positive integer", positive)
         if self._strength():
             check_criterion(self.criterion, self.fisher)
         self._heads, self._samples = tuple(heads), samples
@@ -187,7 +188,7 @@ class KroneckerLaplace(Penalty):
         return nullcontext()
 
     def penalty(self) -> Tensor:
-        """Return the penalty at the present weights, a differentiable scalar; 0 where there is none yet.
+        """Return the penalty at the present weights (see `refresh_every`), a differentiable scalar; 0 without one.
 
         Raises:
             StateError: outside of an experience.
@@ -261,7 +262,7 @@ class KroneckerLaplace(Penalty):
 
     def _penalty_on(self, coverage: Coverage) -> QuadraticPenalty | None:
         samples = self._counted(self._samples or self._last_samples)
-        return penalty_of(coverage, self._memory.forms, samples, self.damping)
+        return penalty_of(coverage, self._memory.forms, samples, self.damping, self.refresh_every)
 
     def _factor_pass(self, model: nn.Module, coverage: Coverage, forward: Forward | None, **further: Any) -> FactorPass:
         return FactorPass(
@@ -291,9 +292,7 @@ class KroneckerLaplace(Penalty):
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        for key, kind in (("experiences", int), ("bytes", list), ("last_samples", int | None)):
-            if not isinstance(state.get(key), kind):
-                raise StateError(f"the state's {key!r} is {state.get(key)!r:.80}, expected {kind}: it is damaged")
+        kinds(state, experiences=int, bytes=list, last_samples=int | None)
         self._memory.load(state)
         self.experiences, self._last_samples = state["experiences"], state["last_samples"]
         self.bytes_by_experience = list(state["bytes"])

@@ -86,6 +86,7 @@ def penalty_of(
     forms: Sequence[Curvature],
     samples: float,
     damping: float,
+    refresh_every: int = 1,
     tensors: Callable[[Unit], Callable[[], tuple[Tensor, ...]]] = lambda unit: unit.tensors,
 ) -> QuadraticPenalty | None:
     """Return the penalty that forms are on a model in training, or None where they say nothing.
@@ -95,6 +96,7 @@ def penalty_of(
         forms: each of an own centre.
         samples: N by which the sum is divided, since the loss is a mean over that many samples.
         damping: added to every eigenvalue of a sample's curvature.
+        refresh_every: calls for which value and gradient are kept.
         tensors: how the tensors of a unit are had at each step.
 
     Raises:
@@ -113,7 +115,7 @@ def penalty_of(
         if own and any(parameter.requires_grad for parameter in unit.parameters):
             matrices.append(MatrixSite(tensors(unit), own))
     diagonal = _diagonal(coverage, forms, samples, damping)
-    return QuadraticPenalty(matrices, diagonal) if matrices or diagonal is not None else None
+    return QuadraticPenalty(matrices, diagonal, refresh_every) if matrices or diagonal is not None else None
 
 
 def _diagonal(coverage: Coverage, forms: Sequence[Curvature], samples: float, damping: float) -> DiagonalSite | None:

@@ -138,13 +138,27 @@ class DiagonalSite:
 class QuadraticPenalty:
     """The sum of all sites as a differentiable scalar.
 
+    With `refresh_every=k` the products are formed in the first of every k calls, and value and gradient by the sites'
+    tensors kept for the others: weights move little in a few steps, and one step in k pays. Kept are as many numbers as
+    the tensors have.
+
     Args:
         matrices: sites of matrices.
         diagonal: site of the other parameters, if there are any.
+        refresh_every: k, at least 1.
     """
 
-    def __init__(self, matrices: Sequence[MatrixSite], diagonal: DiagonalSite | None = None) -> None:
+    def __init__(
+        self, matrices: Sequence[MatrixSite], diagonal: DiagonalSite | None = None, refresh_every: int = 1
+    ) -> None:
         self._matrices, self._diagonal = list(matrices), diagonal
+        self._refresh_every, self._calls = refresh_every, 0
+        self._kept: tuple[Tensor, list[Tensor]] | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether value and gradient serve for several calls."""
+        return self._refresh_every > 1
 
     def value(self) -> Tensor:
         """Return the penalty at the present weights: a scalar, to be added to a loss.
@@ -156,6 +170,14 @@ class QuadraticPenalty:
         others = [] if self._diagonal is None else list(self._diagonal.parameters)
         result: Tensor = _Fused.apply(self, [len(group) for group in groups], *flat, *others)
         return result
+
+    def due(self, counts: Sequence[int], tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return value and gradients for one more call: those kept, or new ones."""
+        kept, self._calls = self._kept, self._calls + 1
+        if kept is None or (self._calls - 1) % self._refresh_every == 0:
+            kept = self.evaluate(counts, tensors)
+            self._kept = kept if self.keeps else None
+        return kept
 
     def evaluate(self, counts: Sequence[int], tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the value and the gradient of every tensor, in the order of `value`."""
@@ -200,9 +222,9 @@ class TrainingExperience:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, penalty: QuadraticPenalty, counts: Sequence[int], *tensors: Tensor) -> Tensor:
-        value, gradients = penalty.evaluate(counts, tensors)
+        value, gradients = penalty.due(counts, tensors)
         ctx.gradients = gradients
-        return value
+        return value.clone() if penalty.keeps else value  # what is kept must be no output of one call's graph
 
     @staticmethod
     @once_differentiable

@@ -56,9 +56,8 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
             `1 / (T + 1)` times the loss; or numbers, see `KroneckerLaplace`.
         adaptive: multiply penalty and loss by scales that drive the two to similar values (`xkfac_balance.Balance`).
         mode: see `KroneckerLaplace`.
-        fisher: see `KroneckerLaplace`, as for `n_samples`, `truncate`, `include`, `seed`.
+        fisher: see `KroneckerLaplace`, as for `refresh_every`, `n_samples`, `truncate`, `include`, `seed`.
         damping: see `KroneckerLaplace`: weight decay that is centred on the old solution.
-        n_samples: samples of an experience that are drawn for the factors; None for all.
         reparameterise: at the start of an experience, merged weights become the layers' own, and BatchNorms start from
             the new data's statistics (`xkfac_reparameterise`).
         inter_example: the curvature's terms across samples; False for one Kronecker product a layer.
@@ -66,7 +65,6 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
             without their BatchNorms, whose statistics drift and whose scale and shift have a diagonal term.
         pairs: `"auto"`, or the name of each BatchNorm -> that of its layer.
         unpaired: what happens to a BatchNorm without a layer: `"raise"`, or `"freeze"` from the second experience on.
-        truncate: None, or a share in (0, 1].
         include: patterns of layers to cover.
         exclude: patterns of layers and parameters to leave alone; excluded BatchNorms are not merged.
         seed: of the generator that draws samples and labels.
@@ -86,6 +84,7 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
         mode: str = "online",
         fisher: str = "sampled",
         damping: float = 0.0,
+        refresh_every: int = 1,
         n_samples: int | None = None,
         reparameterise: bool = True,
         inter_example: bool = True,
@@ -108,6 +107,7 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
             n_samples=n_samples,
             truncate=truncate,
             damping=damping,
+            refresh_every=refresh_every,
             include=include,
             exclude=exclude,
             seed=seed,
@@ -258,7 +258,7 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
 
     def _penalty_on(self, coverage: Coverage) -> QuadraticPenalty | None:
         samples = self._counted(self._samples or self._last_samples)
-        return penalty_of(coverage, self._memory.forms, samples, self.damping, self._tensors)
+        return penalty_of(coverage, self._memory.forms, samples, self.damping, self.refresh_every, self._tensors)
 
     def _tensors(self, unit: Unit) -> Callable[[], tuple[Tensor, ...]]:
         return partial(self._merged_tensors, unit) if isinstance(unit, MergedUnit) else unit.tensors

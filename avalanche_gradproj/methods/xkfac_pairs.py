@@ -15,6 +15,7 @@ from avalanche_gradproj.layers.norm import batch_norms
 from avalanche_gradproj.layers.pairs import find_pairs
 from avalanche_gradproj.layers.select import Coverage, matches
 from avalanche_gradproj.layers.unit import Unit
+from avalanche_gradproj.methods.arguments import kinds
 
 #: What happens to BatchNorms from the second experience on, and to one that stands behind no layer.
 BATCHNORM, UNPAIRED = ("merge", "freeze", "track"), ("raise", "freeze")
@@ -180,9 +181,7 @@ class BatchNormPlan:
             raise StateError(
                 f"the state was made {made} strength='balanced', which weighs experiences otherwise: use the same"
             )
-        for key, kind in (("pairs", dict | None), ("held", list), ("moved_for", int)):
-            if not isinstance(state.get(key), kind):
-                raise StateError(f"the state's {key!r} is {state.get(key)!r:.80}, expected {kind}: it is damaged")
+        kinds(state, pairs=dict | None, held=list, moved_for=int)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take what `state` returned, once checked."""

@@ -46,6 +46,7 @@ class XKFACPlugin(PenaltyPlugin):
         unpaired: what happens to a BatchNorm that stands behind no layer: `"raise"`, or `"freeze"` from the second
             experience on.
         truncate: as for K-FAC Laplace.
+        refresh_every: as for K-FAC Laplace; it is the gradient by merged matrices that is kept.
         include: shell-style patterns of layer names to cover; default all but heads of one task.
         exclude: patterns of layers or parameters to leave alone; excluded BatchNorms are not merged.
         seed: of the generator that draws samples and labels; the global random state is never touched.
@@ -75,6 +76,7 @@ class XKFACPlugin(PenaltyPlugin):
         pairs: str | Mapping[str, str] = "auto",
         unpaired: str = "raise",
         truncate: float | None = None,
+        refresh_every: int = 1,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         seed: int = 0,
@@ -93,6 +95,7 @@ class XKFACPlugin(PenaltyPlugin):
             pairs=pairs,
             unpaired=unpaired,
             truncate=truncate,
+            refresh_every=refresh_every,
             include=include,
             exclude=exclude,
             seed=seed,

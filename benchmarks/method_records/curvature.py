@@ -20,6 +20,7 @@ def _kfac(settings: KfacSettings, seed: int) -> list[Any]:
             n_samples=None if settings.n_factor_samples == "all" else settings.n_factor_samples,
             truncate=settings.truncate if settings.truncate < 1 else None,
             damping=settings.damping,
+            refresh_every=settings.refresh_every,
             seed=seed,
         )
     ]
@@ -36,6 +37,7 @@ def _xkfac(settings: XkfacSettings, seed: int) -> list[Any]:
             mode=settings.mode,
             fisher=settings.fisher,
             damping=settings.damping,
+            refresh_every=settings.refresh_every,
             n_samples=None if settings.n_factor_samples == "all" else settings.n_factor_samples,
             reparameterise=settings.reparameterise,
             inter_example=settings.inter_example,

@@ -85,6 +85,8 @@ _BAD_KFAC = [
     (lambda: KFACLaplacePlugin(truncate=0.0), "truncate=0.0"),
     (lambda: KFACLaplacePlugin(truncate=1.5), "truncate=1.5"),
     (lambda: KFACLaplacePlugin(damping=-1e-3), "damping=-0.001"),
+    (lambda: KFACLaplacePlugin(refresh_every=0), "refresh_every=0"),
+    (lambda: KFACLaplacePlugin(refresh_every=2.5), "refresh_every=2.5"),
     (lambda: KFACLaplacePlugin(seed=1.5), "seed=1.5"),
     (lambda: KFACLaplacePlugin(record_batch_size=0), "record_batch_size=0"),
 ]
@@ -107,6 +109,7 @@ _BAD_XKFAC = [
     (lambda: XKFACPlugin(mode="both"), "mode='both'"),
     (lambda: XKFACPlugin(damping=float("inf")), "damping=inf"),
     (lambda: XKFACPlugin(n_samples=0), "n_samples=0"),
+    (lambda: XKFACPlugin(refresh_every=True), "refresh_every=True"),
     (lambda: XKFACPlugin(seed=-1), "seed=-1"),
     (lambda: XKFACPlugin(record_batch_size=0), "record_batch_size=0"),
 ]
@@ -170,7 +173,7 @@ CASES = [
     MethodCase("kfac-heads", _kfac(2.0, n_samples=40), neutral=_kfac(0), task_incremental=True),
     MethodCase(
         "kfac-adam",
-        _kfac(2.0, fisher="exact", truncate=0.8, mode="online"),
+        _kfac(2.0, fisher="exact", truncate=0.8, mode="online", refresh_every=3),
         optimizer=lambda p: torch.optim.Adam(p, lr=0.01),
     ),
     MethodCase("xkfac", _xkfac(), neutral=_xkfac(0.0), bad_arguments=_BAD_XKFAC),

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from avalanche_gradproj.errors import NonFiniteError, StateError
 from avalanche_gradproj.linalg.rank_one import FactoredRows
 from avalanche_gradproj.methods.ogd import OrthogonalGradientDescent
 from avalanche_gradproj.testing import no_host_round_trips
-
-
-def perceptron():
-    return nn.Sequential(nn.Flatten(), nn.Linear(32, 12), nn.Tanh(), nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 4))
-
-
-class Mixed(nn.Module):
-    """A convolution, a norm layer, a plain parameter, linear layers with and without biases."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.scale = nn.Parameter(torch.ones(1))
-        self.hidden, self.last = nn.Linear(64, 12, bias=False), nn.Linear(12, 4)
-
-    def forward(self, x):
-        y = torch.tanh(self.norm(self.conv(x))) * self.scale
-        return self.last(torch.tanh(self.hidden(y.flatten(1))))
+from tests.methods.ogd_rank_one_setup import (
+    DTYPES,
+    OPTIMIZERS,
+    Heads,
+    Mixed,
+    flat,
+    learn,
+    ogd_with,
+    perceptron,
+    projected,
+    train,
+)
+from tests.methods.ogd_setup import data
 
 
 class Shared(nn.Module):
@@ -47,18 +40,6 @@ class Shared(nn.Module):
         return self.last(torch.tanh(self.again(torch.tanh(self.again(y)))))
 
 
-class Heads(nn.Module):
-    """A body and a last layer for each task; other tasks' heads get no gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.task = nn.Linear(32, 12), 0
-        self.heads = nn.ModuleList([nn.Linear(12, 4) for _ in range(3)])
-
-    def forward(self, x):
-        return self.heads[self.task](torch.tanh(self.body(x.flatten(1))))
-
-
 #: Model and the parameters that are outer products.
 MODELS = {
     "perceptron": (perceptron, ["1.weight", "3.weight", "5.weight"]),
@@ -66,51 +47,6 @@ MODELS = {
     "shared": (Shared, ["first.weight", "last.weight"]),
     "heads": (Heads, ["body.weight", "heads.0.weight", "heads.1.weight", "heads.2.weight"]),
 }
-OPTIMIZERS = {
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
-    "adam": lambda p: torch.optim.Adam(p, lr=5e-3),
-}
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-
-
-def data(seed, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(40, 2, 4, 4, generator=generator, dtype=torch.float64) + seed
-    return x.to(dtype), torch.randint(4, (40,), generator=generator)
-
-
-def ogd_with(projection, count=20, **arguments):
-    ogd = OrthogonalGradientDescent(count, **arguments)
-    ogd._memory.projection = projection
-    return ogd
-
-
-def train(ogd, model, optimizer, x, y, epochs=3):
-    for _ in range(epochs):
-        for i in range(0, len(x), 8):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[i : i + 8]), y[i : i + 8]).backward()
-            ogd.transform()
-            optimizer.step()
-            ogd.after_step()
-
-
-def learn(ogd, model, optimizer, t, dtype=torch.float64):
-    if isinstance(model, Heads):
-        model.task = t
-    x, y = data(t, dtype)
-    with ogd.experience(model, optimizer):
-        train(ogd, model, optimizer, x, y)
-    ogd.consolidate(model, [(x, y)])
-
-
-def flat(model, names=None):
-    parameters = dict(model.named_parameters())
-    return np.concatenate([parameters[name].detach().double().numpy().ravel() for name in names or parameters])
-
-
-def projected(ogd):
-    return next(note for note in ogd.report().notes if note.startswith("projection: "))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -210,69 +146,6 @@ def test_outer_products_are_chosen_where_they_pay_and_no_step_waits():
     assert projected(small) == "projection: dense (cheaper here)"
 
 
-@DTYPES
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_restart_is_bit_exact(tmp_path, optimizer, dtype):
-    torch.manual_seed(0)
-    model, ogd = Mixed().to(dtype), ogd_with("factored")
-    steps = OPTIMIZERS[optimizer](model.parameters())
-    for t in range(2):
-        learn(ogd, model, steps, t, dtype)
-    torch.save(ogd.state_dict(), tmp_path / "state.pt")
-    fresh, copied = ogd_with("factored"), pickle.loads(pickle.dumps(ogd))
-    fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    twin, third = copy.deepcopy(model), copy.deepcopy(model)
-    other, another = OPTIMIZERS[optimizer](twin.parameters()), OPTIMIZERS[optimizer](third.parameters())
-    for loaded in (other, another):
-        loaded.load_state_dict(copy.deepcopy(steps.state_dict()))
-    for method, net, opt in ((ogd, model, steps), (fresh, twin, other), (copied, third, another)):
-        method.start(net, opt)
-        assert "factored" in projected(method)
-        method.finish()
-        learn(method, net, opt, 2, dtype)
-    for method, net in ((fresh, twin), (copied, third)):
-        assert all(torch.equal(v, net.state_dict()[k]) for k, v in model.state_dict().items())
-        assert torch.equal(ogd.vectors, method.vectors)
-        assert torch.equal(ogd._memory.vectors.triangle, method._memory.vectors.triangle)
-
-
-def test_a_state_without_a_triangle_loads_and_runs_dense():
-    torch.manual_seed(0)
-    model, ogd = perceptron(), ogd_with("factored")
-    steps = OPTIMIZERS["momentum"](model.parameters())
-    learn(ogd, model, steps, 0, torch.float32)
-    state = ogd.state_dict()
-    del state["memory"]["triangle"]
-    old = ogd_with("factored")
-    old.load_state_dict(state)
-    assert old.bytes_held == ogd.bytes_held - 8 * len(ogd.vectors) ** 2
-    learn(old, model, steps, 1, torch.float32)
-    assert len(old.vectors) == 40
-    assert "triangle" not in old.state_dict()["memory"]
-    old.start(model, steps)
-    assert "dense (the vectors that came are not known" in projected(old)
-
-
-def test_a_damaged_triangle_is_refused_by_name():
-    torch.manual_seed(0)
-    ogd = ogd_with("factored")
-    ogd.consolidate(perceptron(), [data(0, torch.float32)])
-    state, before = ogd.state_dict(), ogd._memory.vectors
-    good = state["memory"]["triangle"]
-    full = good.clone()
-    full[0, 3] = 0.1
-    negative, infinite = good.clone(), good.clone()
-    negative[4] *= -1
-    infinite[7, 2] = float("nan")
-    message = r"the state's triangle is damaged: .*expected a lower triangular \[20, 20"
-    for bad in ("B", good[:5], good.long(), full, negative, infinite, 2 * good, good[0]):
-        with pytest.raises(StateError, match=message):
-            ogd.load_state_dict({**state, "memory": {**state["memory"], "triangle": bad}})
-        assert ogd._memory.vectors is before
-    ogd.load_state_dict(state)
-    assert torch.equal(ogd._memory.vectors.triangle, good)
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_parameters_that_rest_leave_no_outer_products(optimizer):
     torch.manual_seed(0)
@@ -332,30 +205,3 @@ def test_half_precision():
     train(ogd, half, steps, *data(1, torch.bfloat16))
     ogd.finish()
     assert ogd.leak["all"] < 0.05
-
-
-def test_memory_bound_and_errors_keep_vectors_and_triangle_together():
-    torch.manual_seed(0)
-    model = perceptron()
-    one = 4 * sum(p.numel() for p in model.parameters())
-    ogd = ogd_with("factored", 20, max_bytes=45 * one)
-    ogd.consolidate(model, [data(0, torch.float32)])
-    vectors, triangle = ogd.vectors.clone(), ogd._memory.vectors.triangle.clone()
-    (x, y), bad = data(1, torch.float32), torch.full((40, 2, 4, 4), float("inf"))
-    with pytest.raises(NonFiniteError):
-        ogd.consolidate(model, [(x[:8], y[:8]), (bad, y)])
-    assert torch.equal(ogd.vectors, vectors)
-    assert torch.equal(ogd._memory.vectors.triangle, triangle)
-    ogd.consolidate(model, [(x, y)])
-    with pytest.warns(UserWarning, match="15 of 20 gradients"):
-        ogd.consolidate(model, [data(2, torch.float32)])
-    held = ogd._memory.vectors
-    assert ogd.bytes_held == 45 * one + 45 * 45 * 8
-    assert torch.equal(held.triangle[:20, :20], triangle)
-    steps = torch.optim.SGD(model.parameters(), lr=0.1)
-    start = flat(model)
-    ogd.start(model, steps)
-    assert "factored" in projected(ogd)
-    train(ogd, model, steps, *data(3, torch.float32))
-    change = flat(model) - start
-    assert np.linalg.norm(held.rows.double().numpy() @ change) < 1e-5 * np.linalg.norm(change)

@@ -22,13 +22,7 @@ from tests.methods import dense_batch_loss as by_hand
 NETWORKS = 10
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def factor_pass(model, *, pairs=(), by_batch=None, fisher="exact", seed=0, extended=True, **kwargs):

@@ -1,12 +1,8 @@
-"""XK-FAC: its penalty by hand, its weights, what holds BatchNorm, its state, training in a plain loop."""
+"""XK-FAC's penalty by hand, its weights, and what it holds when statistics drift."""
 
 from __future__ import annotations
 
 import copy
-import gc
-import io
-import pickle
-import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -15,59 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from avalanche_gradproj.errors import ConfigurationError, DataError, ModelError, NonFiniteError, StateError
 from avalanche_gradproj.methods.kfac import KroneckerLaplace
 from avalanche_gradproj.methods.xkfac import ExtendedKroneckerLaplace
+from tests.methods.xkfac_setup import CLASSES, N, batches, data, network, train
 
-CLASSES, N = 3, 24
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
-
-
-def network():
-    return nn.Sequential(
-        nn.Linear(4, 6),
-        nn.BatchNorm1d(6),
-        nn.Tanh(),
-        nn.Linear(6, 5, bias=False),
-        nn.BatchNorm1d(5),
-        nn.Tanh(),
-        nn.Linear(5, CLASSES),
-    )
-
-
-def data(seed=0, n=N):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 4, generator=generator) * 1.5 + 0.7, torch.randint(CLASSES, (n,), generator=generator)
-
-
-def batches(seed=0, size=8):
-    x, y = data(seed)
-    return list(zip(x.split(size), y.split(size), strict=True))
-
-
-def train(xkfac, model, seed, *, steps=4, lr=0.05, optimizer=None, learn=True):
-    """One experience in a plain loop; returns the objectives of its steps."""
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr, momentum=0.5)
-    objectives = []
-    model.train()
-    with xkfac.experience(model, optimizer, samples=N, batches=batches(seed)):
-        for x, y in batches(seed) * steps:
-            optimizer.zero_grad()
-            objective = xkfac.objective(F.cross_entropy(model(x), y))
-            objective.backward()
-            optimizer.step()
-            objectives.append(objective.item())
-    if learn:
-        xkfac.consolidate(model, batches(seed))
-    return objectives
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def terms_of(xkfac):
@@ -270,174 +218,6 @@ def test_merged_penalty_holds_the_function_when_statistics_drift():
     assert changes["merge"] < 0.5 * changes["track"]
 
 
-def test_frozen_batch_norm_stays_as_the_first_experience_left_it():
-    model = network()
-    xkfac = ExtendedKroneckerLaplace(batchnorm="freeze")
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05, weight_decay=0.1)
-    before = copy.deepcopy(model[1].state_dict())
-    train(xkfac, model, 0, optimizer=optimizer)
-    first = copy.deepcopy(model[1].state_dict())
-    assert all(not torch.equal(before[key], first[key]) for key in first)
-    weights = model[0].weight.clone()
-    train(xkfac, model, 1, optimizer=optimizer)
-    assert all(torch.equal(value, first[key]) for key, value in model[1].state_dict().items())
-    assert not torch.equal(model[0].weight, weights)
-    assert model[1].training
-    assert model[1].weight.requires_grad
-    assert xkfac.report()["1.weight"].treatment == "frozen"
-    assert "held from the second experience on: 1, 4" in str(xkfac.report())
-    # Samples do not depend on each other: one product a layer.
-    assert {len(layer.terms) for layer in xkfac._memory.forms[0].layers.values()} == {1}
-
-
-def test_which_layers_have_terms_across_samples():
-    def counts(**settings):
-        xkfac = ExtendedKroneckerLaplace(**settings)
-        train(xkfac, network(), 0)
-        (form,) = xkfac._memory.forms
-        return {name: len(layer.terms) for name, layer in form.layers.items()}, sorted(form.diagonal)
-
-    assert counts() == ({"0": 2, "3": 1, "6": 1}, [])
-    assert counts(inter_example=False) == ({"0": 1, "3": 1, "6": 1}, [])
-    norms = ["1.bias", "1.weight", "4.bias", "4.weight"]
-    assert counts(batchnorm="track") == ({"0": 2, "3": 2, "6": 1}, norms)
-    assert counts(batchnorm="track", inter_example=False) == ({"0": 1, "3": 1, "6": 1}, norms)
-    assert counts(exclude=["1"]) == ({"0": 2, "3": 1, "6": 1}, [])
-    assert counts(exclude=["4"]) == ({"0": 1, "3": 1, "6": 1}, [])
-
-
-class Activated(nn.Module):
-    """A BatchNorm behind an activation, and one without statistics."""
-
-    def __init__(self, track=True):
-        super().__init__()
-        self.first, self.norm = nn.Linear(4, 5), nn.BatchNorm1d(5, track_running_stats=track)
-        self.second, self.paired, self.out = nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, CLASSES)
-
-    def forward(self, x):
-        return self.out(torch.tanh(self.paired(self.second(self.norm(torch.tanh(self.first(x)))))))
-
-
-def test_unpaired_batch_norms_are_refused_before_training_or_held():
-    model = Activated()
-    before = copy.deepcopy(model.state_dict())
-    xkfac = ExtendedKroneckerLaplace()
-    with pytest.raises(ModelError, match=r"BatchNorm 'norm'.*not the output.*unpaired='freeze'"):
-        xkfac.start(model, samples=N, batches=batches())
-    with pytest.raises(ModelError, match="BatchNorm 'norm'"):  # without data, as soon as there is some
-        xkfac.consolidate(model, batches())
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert xkfac.experiences == 0
-    held = ExtendedKroneckerLaplace(unpaired="freeze")
-    train(held, model, 0)
-    first = copy.deepcopy(model.state_dict())
-    train(held, model, 1)
-    assert all(torch.equal(value, first[f"norm.{key}"]) for key, value in model.norm.state_dict().items())
-    assert not torch.equal(model.paired.weight, first["paired.weight"])
-    with pytest.raises(ModelError, match=r"'norm' keeps no running statistics"):
-        ExtendedKroneckerLaplace(batchnorm="freeze").start(Activated(track=False))
-    with pytest.raises(ModelError, match=r"'norm' keeps no running statistics.*neither merged nor held"):
-        ExtendedKroneckerLaplace(unpaired="freeze").start(Activated(track=False), batches=batches())
-    train(ExtendedKroneckerLaplace(exclude=["norm"]), Activated(), 0)
-    with pytest.raises(ConfigurationError, match="'second'"):
-        ExtendedKroneckerLaplace(pairs={"norm": "second"}).start(Activated(), batches=batches())
-
-
-def test_reparameterisation_happens_once_an_experience_and_keeps_the_function():
-    model = network()
-    xkfac = ExtendedKroneckerLaplace()
-    optimizer = torch.optim.Adam(model.parameters())
-    train(xkfac, model, 0, optimizer=optimizer)
-    x, _ = data(1)
-    before, weight = model.eval()(x), model[0].weight.clone()
-    assert model[0].weight in optimizer.state
-    xkfac.start(model, optimizer, samples=N, batches=batches(1))
-    torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-9)
-    assert not torch.equal(model[0].weight, weight)
-    assert model[0].weight not in optimizer.state
-    assert model[6].weight in optimizer.state
-    again = model[0].weight.clone()
-    xkfac.finish()
-    xkfac.start(model, optimizer, samples=N, batches=batches(2))  # another piece of the same experience
-    assert torch.equal(model[0].weight, again)
-    without = ExtendedKroneckerLaplace(reparameterise=False)
-    train(without, model, 0)
-    again = model[0].weight.clone()
-    without.start(model, samples=N)
-    assert torch.equal(model[0].weight, again)
-
-
-def test_wrong_moments():
-    model = network()
-    xkfac = ExtendedKroneckerLaplace()
-    with pytest.raises(StateError, match="start"), xkfac.active():
-        pass
-    train(xkfac, model, 0)
-    with pytest.raises(DataError, match=r"batches=loader.*reparameterise=False"):
-        xkfac.start(model, samples=N)
-    assert not xkfac.penalising
-    model.train()
-    x, y = data(1)
-    with xkfac.experience(model, samples=N, batches=batches(1)):
-        with pytest.raises(StateError, match=r"'1'.*after model\(x\)"):
-            xkfac.penalty()
-        model(x)
-        xkfac.objective(F.cross_entropy(model(x), y))
-        with pytest.raises(StateError, match=r"'1'.*after model\(x\)"):
-            xkfac.penalty()
-        with pytest.raises(DataError, match=r"BatchNorm '1' got a mini-batch of one sample"):
-            model(x[:1])
-    with pytest.raises(DataError, match="one sample"):
-        ExtendedKroneckerLaplace().consolidate(model, [(x[:1], y[:1])])
-    with torch.no_grad():
-        model[0].weight[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError):
-        ExtendedKroneckerLaplace().consolidate(model, batches())
-    xkfac.criterion = nn.CrossEntropyLoss(reduction="sum")
-    with pytest.raises(ConfigurationError, match="mean of cross-entropies"):
-        xkfac.start(model, samples=N, batches=batches(1))
-
-
-def test_restart_and_pickle_continue_bit_for_bit():
-    def run(stop):
-        torch.manual_seed(2)
-        model = network()
-        xkfac = ExtendedKroneckerLaplace(damping=0.01)
-        for seed in range(4):
-            train(xkfac, model, seed)
-            if stop == "state":
-                file = io.BytesIO()
-                torch.save(xkfac.state_dict(), file)
-                file.seek(0)
-                xkfac = ExtendedKroneckerLaplace(damping=0.01)
-                xkfac.load_state_dict(torch.load(file, weights_only=True))
-            elif stop == "pickle":
-                xkfac = pickle.loads(pickle.dumps(xkfac))
-        return nn.utils.parameters_to_vector(model.parameters())
-
-    expected = run(None)
-    assert torch.equal(run("state"), expected)
-    assert torch.equal(run("pickle"), expected)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"pairs": [1]}, "'pairs'"),
-        ({"held": None}, "'held'"),
-        ({"moved_for": "1"}, "'moved_for'"),
-        ({"method": "K-FAC Laplace"}, "XK-FAC"),
-    ],
-)
-def test_damaged_states_are_refused(change, match):
-    xkfac = ExtendedKroneckerLaplace()
-    train(xkfac, network(), 0)
-    before = str(xkfac.state_dict())
-    with pytest.raises(StateError, match=match):
-        xkfac.load_state_dict({**xkfac.state_dict(), **change})
-    assert str(xkfac.state_dict()) == before
-
-
 def test_online_terms_are_averaged_each_with_its_own():
     """B sums to a mean with the weights, A too, first terms with first and second with second."""
     models, single = [], []
@@ -461,26 +241,3 @@ def test_online_terms_are_averaged_each_with_its_own():
             mean = sum(share * part for share, part in zip((1 / 6, 2 / 6, 3 / 6), parts, strict=True))
             np.testing.assert_allclose(_whole(getattr(term, side)), mean, rtol=1e-10, atol=1e-14)
             assert all(np.abs(a - b).max() > 1e-9 for a, b in pairwise(parts))
-
-
-def test_no_reference_to_the_model_is_kept():
-    model = network()
-    xkfac = ExtendedKroneckerLaplace()
-    train(xkfac, model, 0)
-    train(xkfac, model, 1)
-    pointer = weakref.ref(model)
-    del model
-    gc.collect()
-    assert pointer() is None
-
-
-def test_report_names_pairs():
-    xkfac = ExtendedKroneckerLaplace()
-    train(xkfac, network(), 0)
-    report = xkfac.report()
-    assert {row.parameter for row in report} == {name for name, _ in network().named_parameters()}
-    for name in ("0.weight", "0.bias", "1.weight", "1.bias"):
-        row = report[name]
-        assert (row.treatment, row.layer) == ("penalised", "0")
-        assert "BatchNorm '1'" in row.reason
-    assert "1 (behind 0), 4 (behind 3)" in str(report)
