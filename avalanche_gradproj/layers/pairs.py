@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from avalanche_gradproj.errors import ConfigurationError
+from avalanche_gradproj.layers.pair_checks import Run, not_mergeable, not_what_was_given, without_zeros
 from avalanche_gradproj.layers.record import undisturbed
 from avalanche_gradproj.layers.unit import Unit
 
-#: Largest difference of outputs, over the largest output, that passes for rounding. Wrong pairs change them by as much
-#: as they are, since the check draws scales and shifts of its own.
-_TOLERANCE = 1e-3
-
 _UNSEEN = "the model did not call it on the mini-batch"
-
-#: Runs the model on a mini-batch, and gives its output.
-Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,9 @@ def find_pairs(
 
     A BatchNorm belongs to a layer if it gets the very tensor that the layer returned, once in a forward pass. The check
     gives every BatchNorm a scale and a shift drawn at random, and applies them at the layer instead: the outputs must
-    be the same. They are not where something else uses the layer's output too.
+    be the same. They are not where something else uses the layer's output too. Parameters that are zero throughout (a
+    head that has learned nothing yet, the last scale of a residual branch) get other values for the check, which would
+    see nothing behind them.
 
     Args:
         model: left as it was; runs in evaluation mode.
@@ -85,8 +80,11 @@ def find_pairs(
         if norms[name].num_features != outputs:
             unpaired[name] = f"it has {norms[name].num_features} channels and layer {layer!r} {outputs} outputs"
             del found[name]
-    with undisturbed(model):
-        wrong = _disagreeing(found, by_name, norms, run)
+    with undisturbed(model), without_zeros(model):
+        altered = {} if given is None else not_what_was_given(found, by_name, norms, run)
+        unpaired |= altered
+        found = {name: layer for name, layer in found.items() if name not in altered}
+        wrong = not_mergeable(found, by_name, norms, run)
     for name in wrong:
         unpaired[name] = (
             f"merging it into layer {found.pop(name)!r} changes the network's output: that layer's output is used "
@@ -162,82 +160,3 @@ def _observed(
         else:
             found[name] = layer
     return found
-
-
-def _disagreeing(
-    found: Mapping[str, str], units: Mapping[str, Unit], norms: Mapping[str, _BatchNorm], run: Run
-) -> list[str]:
-    """Return the BatchNorms whose map cannot be applied at their layers."""
-    generator = torch.Generator().manual_seed(0)
-    maps = {}
-    for name in found:
-        channels = norms[name].num_features
-        signs = torch.randint(2, (channels,), generator=generator) * 2 - 1  # maxima commute with positive scales
-        scale = (torch.rand(channels, generator=generator) + 0.5) * signs
-        maps[name] = scale, torch.randn(channels, generator=generator)
-
-    def outputs(merged: Sequence[str]) -> list[Tensor]:
-        with ExitStack() as stack:
-            for name, (scale, shift) in maps.items():
-                if name in merged:
-                    unit = units[found[name]]
-                    axis = -1 if isinstance(unit.module, nn.Linear) else 1
-                    stack.enter_context(_replaced(unit.module, _mapping(scale, shift, axis)))
-                    stack.enter_context(_replaced(norms[name], lambda x, output: x))
-                else:
-                    stack.enter_context(_replaced(norms[name], _mapping(scale, shift, 1, of_input=True)))
-            torch.manual_seed(0)  # what the model draws is the same each time; whoever calls gives the state back
-            return [tensor.detach() for tensor in _tensors(run())]
-
-    if not found:
-        return []
-    plain = outputs([])
-    if _close(plain, outputs(list(found))):
-        return []
-    return [name for name in found if not _close(plain, outputs([name]))]
-
-
-@contextmanager
-def _replaced(module: nn.Module, result: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Replace a module's output by a function of its input and output."""
-
-    def hook(own: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        return result(args[0] if args else next(iter(kwargs.values())), output)
-
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _mapping(scale: Tensor, shift: Tensor, axis: int, *, of_input: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
-    def result(x: Tensor, output: Tensor) -> Tensor:
-        h = x if of_input else output
-        shape = [1] * h.dim()
-        shape[axis] = -1
-        return h * scale.to(h).view(shape) + shift.to(h).view(shape)
-
-    return result
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
-
-
-def _close(expected: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
-    for one, other in zip(expected, got, strict=True):
-        kept = torch.isfinite(one)  # masked logits are minus infinity
-        if not bool((torch.isfinite(other) == kept).all()):
-            return False
-        wanted, difference = one[kept].double().abs(), (one[kept].double() - other[kept].double()).abs()
-        # Every entry is measured by itself and by the median of those that differ at all: masked logits, which may be
-        # large numbers and most of the entries, do not.
-        moved = difference > 0
-        wanted, difference = wanted[moved], difference[moved]
-        if wanted.numel() and bool((difference > _TOLERANCE * (wanted + wanted.median())).any()):
-            return False
-    return True

@@ -130,11 +130,16 @@ class BatchNormPlan:
         return replace(coverage, frozen=[name for name in coverage.frozen if name not in held])
 
     def by_batch(self, units: Iterable[Unit], model: nn.Module) -> list[_BatchNorm]:
-        """Return the BatchNorms that go on normalising by the mini-batch, and keep statistics."""
+        """Return the BatchNorms that normalise by the mini-batch in training, and keep statistics.
+
+        Where the model is in training mode and one of them is not, whoever trains holds it: it is a fixed map.
+        """
+        norms: Iterable[_BatchNorm] = ()
         if self._batchnorm == "merge":
-            return [unit.norm for unit in merged_units(units)]
-        norms = batch_norms(model).values() if self._batchnorm == "track" else ()
-        return [norm for norm in norms if norm.running_mean is not None]
+            norms = [unit.norm for unit in merged_units(units)]
+        elif self._batchnorm == "track":
+            norms = [norm for norm in batch_norms(model).values() if norm.running_mean is not None]
+        return [norm for norm in norms if norm.training or not model.training]
 
     def held_norms(self, model: nn.Module) -> list[_BatchNorm]:
         """Return the BatchNorms that are held."""
@@ -149,12 +154,12 @@ class BatchNormPlan:
     def notes(self, model: nn.Module) -> list[str]:
         """Say what becomes of each BatchNorm's statistics."""
         found = self.found or {}
-        kinds = {
+        treated = {
             "held through the penalty on the merged weights": [f"{norm} (behind {own})" for norm, own in found.items()],
             "held from the second experience on": self.held,
             "left to drift": [name for name in batch_norms(model) if name not in found and name not in self.held],
         }
-        return [f"statistics {what}: {', '.join(names)}" for what, names in kinds.items() if names]
+        return [f"statistics {what}: {', '.join(names)}" for what, names in treated.items() if names]
 
     def state(self) -> dict[str, Any]:
         """Return names."""

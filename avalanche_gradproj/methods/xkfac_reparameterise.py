@@ -28,7 +28,9 @@ class ChannelMoments:
         self._squares: Tensor | None = None
 
     def update(self, y: Tensor) -> None:
-        """Add a tensor [n, channels, ...]."""
+        """Add a tensor [n, channels, ...]; one without samples adds nothing."""
+        if y.numel() == 0:
+            return
         wide = y.float() if y.element_size() < 4 else y
         count = wide.numel() // wide.shape[1]
         variance, mean = torch.var_mean(wide, dim=[axis for axis in range(wide.dim()) if axis != 1], correction=0)

@@ -67,6 +67,7 @@ def chain(m, x):
 
 BOTH = {"norm": "first", "other": "second"}
 NOT_A_LAYER, ELSEWHERE = "not the output of a covered", "changes the network's output"
+ALTERED = "what enters it is not what layer"
 X = torch.linspace(-2, 2, 21, dtype=torch.float64).reshape(7, 3).sin() * 2
 
 
@@ -157,6 +158,35 @@ def test_a_skip_connection_is_seen_whatever_the_present_map_is(scale):
     assert found.unpaired.keys() == {"norm"}
 
 
+def test_a_skip_connection_is_seen_through_a_head_of_zeros():
+    """Merging would change nothing at present, whatever was merged."""
+    model = Net(skip)
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    assert look(model, X).found == {}
+    model = Net(chain)
+    nn.init.zeros_(model.head.weight)
+    assert look(model, X).found == BOTH
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h: F.avg_pool1d(h, 2),
+        lambda h: F.avg_pool1d(h, 3, 1, 1, count_include_pad=False),
+        lambda h: h.mean(2, keepdim=True),
+    ],
+    ids=["fewer positions", "as many positions", "one position"],
+)
+def test_an_average_commutes_with_the_map_and_is_refused(between):
+    model = Net(lambda m, x: m.head(m.norm(between(m.first(x))).mean(2)), first=nn.Conv1d(2, 6, 3))
+    x = torch.randn(4, 2, 8)
+    with pytest.raises(ConfigurationError, match=r"BatchNorm 'norm' and layer 'first'.*stands between the two"):
+        look(model, x, given={"norm": "first"})
+    same = Net(lambda m, x: m.head(m.norm(m.first(x) + 0.0).mean(2)), first=nn.Conv1d(2, 6, 3))
+    assert look(same, x, given={"norm": "first"}).found == {"norm": "first"}
+
+
 def test_no_running_statistics():
     model = Net(chain, norm=nn.BatchNorm1d(6, track_running_stats=False))
     found = look(model, X)
@@ -184,7 +214,7 @@ def test_tokens():
 
 
 WRONG = {
-    "swapped": ({"norm": "second", "other": "first"}, chain, ["norm", "second", ELSEWHERE]),
+    "swapped": ({"norm": "second", "other": "first"}, chain, ["norm", "second", ALTERED]),
     "no such norm": ({"nrm": "first"}, chain, ["nrm", "norm, other"]),
     "no norm": ({"head": "first"}, chain, ["head", "norm, other"]),
     "no such layer": ({"norm": "frist"}, chain, ["frist", "first, second, head"]),
@@ -192,7 +222,7 @@ WRONG = {
     "a layer twice": ({"norm": "first", "other": "first"}, chain, ["first", "2 BatchNorms"]),
     "channels": ({"norm": "head"}, chain, ["norm", "head", "6 channels", "5 outputs"]),
     "skip connection": ({"norm": "first"}, skip, ["norm", "first", ELSEWHERE]),
-    "activation": ({"norm": "first"}, UNPAIRED["activation"][0], ["norm", "first", "something stands between"]),
+    "activation": ({"norm": "first"}, UNPAIRED["activation"][0], ["norm", "first", ALTERED]),
 }
 
 

@@ -182,6 +182,13 @@ def test_infinite_values_are_refused_and_nothing_changes(spoil, layer):
     assert len(optimizer.state) == len(list(model.parameters()))
 
 
+def test_a_mini_batch_without_samples_adds_nothing():
+    (model, _, new), (other, _, _) = trained(mlp), trained(mlp)
+    reparameterise(model, units_of(model), new.split(SIZES), model)
+    reparameterise(other, units_of(other), [new[:0], *new.split(SIZES), new[:0]], other)
+    assert not changed(model, state(other))
+
+
 def test_without_samples_nothing_changes():
     model, _, new = trained(mlp)
     before = state(model)
