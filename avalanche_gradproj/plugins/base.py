@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from avalanche.benchmarks.scenarios.online import OnlineCLExperience
 from avalanche.core import BaseSGDPlugin, SupervisedPlugin
 from avalanche.models import IncrementalClassifier, MultiHeadClassifier
@@ -16,6 +15,7 @@ from torch import nn
 from avalanche_gradproj.errors import ConfigurationError, DataError, StateError
 from avalanche_gradproj.methods.base import Forward, GradientTransform, Method
 from avalanche_gradproj.methods.report import Report
+from avalanche_gradproj.plugins.reading import mini_batches
 
 #: Avalanche's task heads: they belong to one task, or grow with the classes.
 HEADS = (MultiHeadClassifier, IncrementalClassifier, CosineIncrementalClassifier)
@@ -116,14 +116,12 @@ class MethodPlugin(SupervisedPlugin):
             self._pieces = 0
         dataset = whole_experience(experience).dataset.eval()
         with own_forward(strategy) as forward:
-            self.method.consolidate(strategy.model, self._batches(dataset, strategy.device), forward=forward)
+            self.method.consolidate(strategy.model, self._batches(dataset, strategy), forward=forward)
 
-    def _batches(self, dataset: Any, device: torch.device) -> Iterator[list[Any]]:
+    def _batches(self, dataset: Any, strategy: Any) -> Iterator[list[Any]]:
         """Yield the samples that the method draws, collated, on the device."""
-        chosen = self.method.draw(len(dataset)).tolist()
-        for begin in range(0, len(chosen), self.record_batch_size):
-            batch = dataset.collate_fn([dataset[i] for i in chosen[begin : begin + self.record_batch_size]])
-            yield [part.to(device) if isinstance(part, torch.Tensor) else part for part in batch]
+        chosen, size = self.method.draw(len(dataset)).tolist(), self.record_batch_size
+        return mini_batches(strategy, dataset, (chosen[i : i + size] for i in range(0, len(chosen), size)))
 
 
 class GradientTransformPlugin(MethodPlugin):

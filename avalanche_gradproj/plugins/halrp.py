@@ -159,7 +159,7 @@ class HALRPPlugin(MethodPlugin):
         held_out = None
         if not (isinstance(self.importance, str) and self.importance == "train"):
             dataset = companion(experience, self.importance).dataset.eval()
-            held_out = self._batches(dataset, strategy.device)
+            held_out = self._batches(dataset, strategy)
         strategy.model = self.wrap(strategy.model).to(strategy.device)
         strategy.model.training_runs = True
         strategy.model = strategy.model_adaptation()

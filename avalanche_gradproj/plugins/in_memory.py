@@ -153,7 +153,7 @@ class InMemoryDataPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     random ones, which would be frozen, are refused with `DataError`. Transforms that draw from a generator
     of their own are found out by reading a few samples twice. Where nothing is transformed, data that are a
     `TensorDataset` or have a method `as_tensors() -> tuple[Tensor, ...]` (row i of each is a field of
-    sample i) are taken at once.
+    sample i) are taken at once. This package's passes after an experience take what is held.
 
     Memory: the training set of the current experience until the next begins, and every evaluation set that
     has been used (a set that is both is held once), each with all fields at their final size. `max_bytes`
@@ -198,6 +198,16 @@ class InMemoryDataPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         self._training = None
         self._evaluation.clear()
 
+    def held(self, dataset: Any, collate: Any, device: torch.device | str) -> Fields | None:
+        """Return the fields of a dataset if they are held already, to be joined by `collate`; nothing is read.
+
+        Args:
+            dataset: one with the same samples and transforms counts as the same.
+            collate: what its samples would be joined with.
+            device: the strategy's, where the plugin was given none.
+        """
+        return self._find(Signature(dataset, collate, self.device or torch.device(device)))
+
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Replace the loader of the training set; drop the previous experience's tensors."""
         self._replace(strategy, training=True)
@@ -222,17 +232,18 @@ class InMemoryDataPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
         strategy.dataloader = TensorLoader(loader, dataset, order, read)
 
     def _fields(self, signature: Signature, dataset: Any, collate: Any, device: torch.device, training: bool) -> Fields:
-        found = next((fields for held, fields in self._held() if held == signature), None)
-        fields = found or materialise(dataset, collate, device)
+        fields = self._find(signature) or materialise(dataset, collate, device)
         if training:
             self._training = (signature, fields)
         elif self._training is None or self._training[1] is not fields:
             self._evaluation = [entry for entry in self._evaluation if entry[1] is not fields]
             self._evaluation.append((signature, fields))
-            bound = float("inf") if self.max_bytes is None else self.max_bytes
-            while sum(one.nbytes for _, one in self._evaluation) > bound:
+            while self.max_bytes is not None and sum(one.nbytes for _, one in self._evaluation) > self.max_bytes:
                 self._evaluation.pop(0)
         return fields
+
+    def _find(self, signature: Signature) -> Fields | None:
+        return next((fields for held, fields in self._held() if held == signature), None)
 
     def _held(self) -> list[tuple[Signature, Fields]]:
         signature, fields = self._training or (None, None)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from avalanche.models import MultiHeadClassifier
 from avalanche.models.cosine_layer import CosineIncrementalClassifier
 from torch import nn
 
 from avalanche_gradproj.methods.base import Penalty
 from avalanche_gradproj.plugins.base import MethodPlugin
+from avalanche_gradproj.plugins.reading import mini_batches
 
 #: Heads that belong to one task: data of other tasks gives them no gradient. (Those of cosine layers, which grow by
 #: changing the names of their parameters, count among them.)
@@ -50,16 +50,15 @@ class PenaltyPlugin(MethodPlugin):
         if self.method.penalising:
             strategy.loss = self.method.objective(strategy.loss)
 
-    def _batches(self, dataset: Any, device: torch.device) -> Iterator[list[Any]]:
+    def _batches(self, dataset: Any, strategy: Any) -> Iterator[list[Any]]:
         """Yield the samples that the method draws; the last mini-batch of a few is not one sample alone."""
-        return self._collated(dataset, self.method.draw(len(dataset)).tolist(), device)
+        return mini_batches(strategy, dataset, self._groups(self.method.draw(len(dataset)).tolist()))
 
-    def _collated(self, dataset: Any, chosen: Sequence[int], device: torch.device) -> Iterator[list[Any]]:
+    def _groups(self, chosen: Sequence[int]) -> Iterator[Sequence[int]]:
         begin = 0
         while begin < len(chosen):
             # A layer that normalises by the mini-batch cannot take one sample.
             lone = len(chosen) - begin == self.record_batch_size + 1
             end = begin + self.record_batch_size + lone
-            batch = dataset.collate_fn([dataset[i] for i in chosen[begin:end]])
-            yield [part.to(device) if isinstance(part, torch.Tensor) else part for part in batch]
+            yield chosen[begin:end]
             begin = end

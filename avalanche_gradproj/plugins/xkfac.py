@@ -9,6 +9,7 @@ from avalanche_gradproj.errors import ConfigurationError
 from avalanche_gradproj.methods.xkfac import ExtendedKroneckerLaplace
 from avalanche_gradproj.plugins.base import own_forward
 from avalanche_gradproj.plugins.penalty import PenaltyPlugin, own_heads
+from avalanche_gradproj.plugins.reading import mini_batches
 
 
 class XKFACPlugin(PenaltyPlugin):
@@ -114,7 +115,7 @@ class XKFACPlugin(PenaltyPlugin):
                 strategy.optimizer,
                 heads=own_heads(strategy.model),
                 samples=size,
-                batches=self._collated(dataset, chosen, strategy.device),
+                batches=mini_batches(strategy, dataset, self._groups(chosen)),
                 forward=forward,
             )
         if self.record_batch_size == 1 and self.method.normalises(strategy.model):

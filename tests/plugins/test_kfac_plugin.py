@@ -288,7 +288,7 @@ def test_online_pieces_are_consolidated_once_an_experience():
 def test_no_sample_is_alone_in_the_last_mini_batch(size, sizes):
     plugin, seen = KFACLaplacePlugin(record_batch_size=size), []
     dataset = stream().train_stream[0].dataset
-    for batch in plugin._batches(dataset, torch.device("cpu")):
+    for batch in plugin._batches(dataset, strategy(CASE, [plugin])):
         seen.append(len(batch[0]))
     assert seen == sizes
 
