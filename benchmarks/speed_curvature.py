@@ -1,15 +1,15 @@
-"""What K-FAC Laplace and XK-FAC cost: a training step, the factors, memory, and what truncation loses."""
+"""What K-FAC Laplace and XK-FAC cost: a training step, and the pass that makes the factors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import torch
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -19,7 +19,7 @@ from avalanche_gradproj.methods.kfac import KroneckerLaplace
 from avalanche_gradproj.methods.kfac_factors import FactorPass
 from avalanche_gradproj.methods.xkfac import ExtendedKroneckerLaplace
 from benchmarks.speed_gpm import alexnet
-from benchmarks.timing import Timing, in_turn
+from benchmarks.timing import Measurement, Timing, in_turn
 
 MLP_BATCH, ALEXNET_BATCH, CLASSES = 128, 64, 10
 #: Samples that factors are made of, and of an epoch.
@@ -98,49 +98,51 @@ def _repeated(run: Callable[[], None], count: int) -> Callable[[], None]:
     return several
 
 
-def measure(device: torch.device) -> Iterator[tuple[str, list[Timing]]]:
-    """Yield each table's title and timings."""
-    flat, pictures = images(MLP_SAMPLES, 1, 28), images(ALEXNET_SAMPLES, 3, 32)
+def measurements(device: torch.device) -> Iterator[Measurement]:
+    """Yield each table's title and what measures it."""
+    kept = f"products formed every {KEPT} steps"
 
-    def kfac(share: float | None, mode: str = "online", every: int = 1) -> Callable[[], KroneckerLaplace]:
+    def kfac(share: float | None, mode: str, every: int = 1) -> Callable[[], KroneckerLaplace]:
         return lambda: KroneckerLaplace(mode=mode, truncate=share, refresh_every=every)
 
-    kept = f"products formed every {KEPT} steps"
-    truncated = {f"K-FAC Laplace, truncated at {share}": kfac(share) for share in SHARES}
-    truncated[f"K-FAC Laplace, whole factors, {kept}"] = kfac(None, every=KEPT)
-    truncated[f"K-FAC Laplace, truncated at {SHARES[0]}, {kept}"] = kfac(SHARES[0], every=KEPT)
-    yield (
-        f"A step of the perceptron 784-100-100-10, batch {MLP_BATCH}, online",
-        steps(perceptron, flat, MLP_BATCH, {"K-FAC Laplace, whole factors": kfac(None), **truncated}, device),
-    )
+    def variants(mode: str) -> dict[str, Callable[[], KroneckerLaplace]]:
+        return {
+            "K-FAC Laplace, whole factors": kfac(None, mode),
+            **{f"K-FAC Laplace, truncated at {share}": kfac(share, mode) for share in SHARES},
+            f"K-FAC Laplace, whole factors, {kept}": kfac(None, mode, KEPT),
+            f"K-FAC Laplace, truncated at {SHARES[0]}, {kept}": kfac(SHARES[0], mode, KEPT),
+        }
+
     extended: dict[str, Callable[[], KroneckerLaplace]] = {
         "XK-FAC, whole factors": ExtendedKroneckerLaplace,
         **{f"XK-FAC, truncated at {share}": _extended(share) for share in SHARES},
         f"XK-FAC, whole factors, {kept}": lambda: ExtendedKroneckerLaplace(refresh_every=KEPT),
     }
-    with_norms = "The same with BatchNorm"
-    yield with_norms, steps(lambda: perceptron(batch_norm=True), flat, MLP_BATCH, extended, device)
-    yield f"The same inside Avalanche: an epoch of {MLP_SAMPLES} samples", avalanche_epochs(flat, device)
-    separate = {f"K-FAC Laplace, truncated at {share}": kfac(share, "separate") for share in SHARES}
-    separate[f"K-FAC Laplace, whole factors, {kept}"] = kfac(None, "separate", KEPT)
+    flat, pictures = partial(images, MLP_SAMPLES, 1, 28), partial(images, ALEXNET_SAMPLES, 3, 32)
+    name = f"perceptron 784-100-100-10, batch {MLP_BATCH}"
     yield (
-        f"A step of AlexNet, batch {ALEXNET_BATCH}",
-        steps(
-            alexnet,
-            pictures,
-            ALEXNET_BATCH,
-            {"K-FAC Laplace, whole factors": kfac(None, "separate"), **separate},
-            device,
-            repeats=7,
-        ),
+        f"A step of K-FAC on the {name}, online",
+        lambda: steps(perceptron, flat(), MLP_BATCH, variants("online"), device),
     )
     yield (
-        f"Factors of the perceptron beside an epoch of {MLP_SAMPLES} samples",
-        factor_pass(perceptron, flat, MLP_BATCH, device),
+        f"A step of XK-FAC on the {name}, with BatchNorm",
+        lambda: steps(partial(perceptron, batch_norm=True), flat(), MLP_BATCH, extended, device),
     )
     yield (
-        f"Factors of AlexNet beside an epoch of {ALEXNET_SAMPLES} samples",
-        factor_pass(alexnet, pictures, ALEXNET_BATCH, device),
+        f"K-FAC inside Avalanche: an epoch of {MLP_SAMPLES} samples of the {name}",
+        lambda: avalanche_epochs(flat(), device),
+    )
+    yield (
+        f"A step of K-FAC on AlexNet, batch {ALEXNET_BATCH}",
+        lambda: steps(alexnet, pictures(), ALEXNET_BATCH, variants("separate"), device, repeats=7),
+    )
+    yield (
+        f"K-FAC's factors of the perceptron beside an epoch of {MLP_SAMPLES} samples",
+        lambda: factor_pass(perceptron, flat(), MLP_BATCH, device),
+    )
+    yield (
+        f"K-FAC's factors of AlexNet beside an epoch of {ALEXNET_SAMPLES} samples",
+        lambda: factor_pass(alexnet, pictures(), ALEXNET_BATCH, device),
     )
 
 
@@ -224,69 +226,3 @@ def factor_pass(make: Callable[[], nn.Module], data: Tensor, batch: int, device:
         repeats=7,
         warmup=1,
     )
-
-
-def truncation(device: torch.device) -> list[tuple[str, str, str, float, float, float]]:
-    """Measure what truncation keeps of a quadratic form, and what it saves.
-
-    Returns:
-        (network, share, eigenvectors kept of A and B of the first layer, mean of |truncated - whole| / whole of the
-        form at 50 displacements drawn at random, the same at displacements by training on other data, megabytes).
-    """
-    rows = []
-    for name, make, data in (
-        ("perceptron", perceptron, images(MLP_SAMPLES, 1, 28).to(device)),
-        ("AlexNet", alexnet, images(ALEXNET_SAMPLES, 3, 32).to(device)),
-    ):
-        torch.manual_seed(0)
-        model = make().to(device)
-        labels = torch.randint(CLASSES, (len(data),), device=device)
-        for begin in range(0, len(data), 128):
-            step(model.train(), data[begin : begin + 128], labels[begin : begin + 128], None, lr=0.05)()
-        start = {key: value.clone() for key, value in model.state_dict().items()}
-        methods = {share: KroneckerLaplace(truncate=share) for share in (None, *SHARES, 0.9999)}
-        for method in methods.values():
-            method.consolidate(model, data.split(128))
-        whole = methods.pop(None)
-        for share, method in methods.items():
-            errors: dict[str, list[float]] = {"random": [], "trained": []}
-            for kind, found in errors.items():
-                for trial in range(50 if kind == "random" else 5):
-                    model.load_state_dict(start)
-                    _displace(model, kind, trial, data, device)
-                    values = []
-                    for one in (whole, method):
-                        with one.experience(model, samples=len(data)):
-                            values.append(float(one.penalty()))
-                    found.append(abs(values[1] - values[0]) / values[0])
-            model.load_state_dict(start)
-            term = next(iter(method._memory.forms[0].layers.values())).terms[0]
-            kept = f"{term.right.rank}/{term.right.size}, {term.left.rank}/{term.left.size}"
-            means = [sum(found) / len(found) for found in errors.values()]
-            rows.append((name, str(share), kept, means[0], means[1], method.bytes_held / 1e6))
-        rows.append((name, "whole", "all", 0.0, 0.0, whole.bytes_held / 1e6))
-    return rows
-
-
-def truncation_table(device: torch.device) -> Table:
-    """Return what `truncation` measured, as a printable table."""
-    result = Table(title="Truncated factors beside whole ones", title_justify="left")
-    for column in ("network", "share", "kept of A, B (first layer)", "error, random", "error, trained", "MB"):
-        result.add_column(column, justify="left" if column in ("network", "share") else "right")
-    for network, share, kept, drawn, trained, size in truncation(device):
-        result.add_row(network, share, kept, f"{drawn:.4f}", f"{trained:.4f}", f"{size:.1f}")
-    return result
-
-
-def _displace(model: nn.Module, kind: str, trial: int, data: Tensor, device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(trial)
-    if kind == "random":
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator).to(device))
-        return
-    pixels = torch.randperm(data[0].numel(), generator=generator)
-    others = data.flatten(1)[:, pixels.to(device)].view_as(data)
-    labels = torch.randint(CLASSES, (len(data),), generator=generator).to(device)
-    for begin in range(0, len(data), 128):
-        step(model.train(), others[begin : begin + 128], labels[begin : begin + 128], None, lr=0.05)()

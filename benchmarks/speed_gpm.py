@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from avalanche_gradproj.linalg.subspace import Basis, grow_basis
 from avalanche_gradproj.methods.projected import ProjectedTraining
 from avalanche_gradproj.methods.rows import collect_rows
 from benchmarks.models import alexnet_trunk
-from benchmarks.timing import Timing, in_turn
+from benchmarks.timing import Measurement, Timing, in_turn
 
 BATCH = 64
 IMAGES = 125
@@ -139,3 +140,9 @@ def basis_update(device: torch.device) -> list[Timing]:
             grow_basis(rows[unit.name], bases[unit.name], 0.97)
 
     return in_turn({"GPM, second moments": streaming, "explicit patches, two SVDs": explicit}, repeats=7, warmup=1)
+
+
+def measurements(device: torch.device) -> Iterator[Measurement]:
+    """Yield each table's title and what measures it."""
+    yield f"A step of GPM on AlexNet, batch {BATCH}, bases at half of each input", partial(alexnet_step, device)
+    yield f"GPM's update of the bases of AlexNet's five layers from {IMAGES} images", partial(basis_update, device)

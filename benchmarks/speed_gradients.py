@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from avalanche_gradproj.methods.logd_core import LayerwiseGradientDecomposition
 from avalanche_gradproj.methods.logit_gradients import logit_gradients
 from avalanche_gradproj.methods.ogd import OrthogonalGradientDescent
 from avalanche_gradproj.methods.old_gradients import OldGradients
-from benchmarks.timing import Timing, in_turn
+from benchmarks.timing import Measurement, Timing, in_turn
 
 #: Old experiences in the solve, and in the steps.
 OLD, STEPS = 19, (1, 2, 5, 10, 19)
@@ -32,15 +33,19 @@ VECTORS = (200, 400, 800)
 PIXELS, HIDDEN, CLASSES = 784, 100, 10
 
 
-def measure(device: torch.device) -> Iterator[tuple[str, list[Timing]]]:
-    """Yield each table's title and timings."""
-    yield f"LOGD's solve, {OLD} old experiences, reduced ResNet-18, blocks of {TENSORS} tensors", logd_solve(device)
-    yield f"A step of LOGD on the perceptron 784-100-100-10, batch {BATCH}, {PATTERNS} patterns each", logd_step(device)
-    yield "The largest part of that: gradients of 19 old experiences", memory_pass(device)
-    yield f"A step of OGD on the same perceptron, batch {BATCH}", ogd_step(device)
+def measurements(device: torch.device) -> Iterator[Measurement]:
+    """Yield each table's title and what measures it."""
+    yield (
+        f"LOGD's solve, {OLD} old experiences, reduced ResNet-18, blocks of {TENSORS} tensors",
+        partial(logd_solve, device),
+    )
+    title = f"A step of LOGD on the perceptron 784-100-100-10, batch {BATCH}, {PATTERNS} patterns each"
+    yield title, partial(logd_step, device)
+    yield "The largest part of a step of LOGD: gradients of 19 old experiences", partial(memory_pass, device)
+    yield f"A step of OGD on the perceptron 784-100-100-10, batch {BATCH}", partial(ogd_step, device)
     for count in VECTORS:
-        title = f"OGD's projection of a gradient of the same perceptron, {count} stored gradients"
-        yield title, ogd_projection(device, count)
+        title = f"OGD's projection of a gradient of the perceptron, {count} stored gradients"
+        yield title, partial(ogd_projection, device, count)
 
 
 def logd_solve(device: torch.device) -> list[Timing]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from avalanche_gradproj.linalg.lowrank import fit
 from avalanche_gradproj.methods.halrp import LowRankPerturbation
 from benchmarks.models import lenet_trunk
 from benchmarks.speed_curvature import images
-from benchmarks.timing import Timing, in_turn
+from benchmarks.timing import Measurement, Timing, in_turn
 
 BATCH, CLASSES = 128, 10
 
@@ -79,37 +80,31 @@ def _step(
     return run
 
 
-def routes(device: torch.device, repeats: int = 11) -> list[tuple[str, list[Timing]]]:
-    """Time single layers forwards and backwards: trained as they are, and perturbed by each route.
+def routes(name: str, device: torch.device, repeats: int = 11) -> list[Timing]:
+    """Time a single layer forwards and backwards: trained as it is, and perturbed by each route.
 
     Args:
+        name: of the layer in `_LAYERS`.
         device: where.
         repeats: counted turns.
     """
-    tables = []
-    for name, (make, shape, rank, inner) in _LAYERS.items():
-        torch.manual_seed(0)
-        plain: nn.Module = make().to(device)
-        fixed = copy.deepcopy(plain).requires_grad_(False)
-        x = torch.randn(shape, device=device, requires_grad=inner)
-        groups, out, into, _ = canonical(fixed, fixed.weight).shape  # type: ignore[arg-type]
-        sizes = ((out,), (into,), (groups, out, rank), (groups, rank, into), (out,))
-        factors = Factors(*(torch.randn(size, device=device).mul_(0.1).requires_grad_() for size in sizes))
+    make, shape, rank, inner = _LAYERS[name]
+    torch.manual_seed(0)
+    plain: nn.Module = make().to(device)
+    fixed = copy.deepcopy(plain).requires_grad_(False)
+    x = torch.randn(shape, device=device, requires_grad=inner)
+    groups, out, into, _ = canonical(fixed, fixed.weight).shape  # type: ignore[arg-type]
+    sizes = ((out,), (into,), (groups, out, rank), (groups, rank, into), (out,))
+    factors = Factors(*(torch.randn(size, device=device).mul_(0.1).requires_grad_() for size in sizes))
 
-        def run(forward: Callable[[Tensor], Tensor], given: Tensor = x) -> Callable[[], None]:
-            return lambda: forward(given).sum().backward()
+    def run(forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        return lambda: forward(x).sum().backward()
 
-        def by(route: str, layer: nn.Module = fixed, own: Factors = factors) -> Callable[[Tensor], Tensor]:
-            return lambda given: perturbed(layer, given, own, route)  # type: ignore[arg-type]
+    def by(route: str) -> Callable[[Tensor], Tensor]:
+        return lambda given: perturbed(fixed, given, factors, route)  # type: ignore[arg-type]
 
-        variants = {
-            "plain": run(plain),
-            "formed": run(by("formed")),
-            "factored": run(by("factored")),
-            "auto": run(by("auto")),
-        }
-        tables.append((f"{name}, rank {rank}, input {'x'.join(map(str, shape))}", in_turn(variants, repeats)))
-    return tables
+    kinds = ("formed", "factored", "auto")
+    return in_turn({"plain": run(plain), **{kind: run(by(kind)) for kind in kinds}}, repeats)
 
 
 def fitting(device: torch.device, repeats: int = 3) -> list[Timing]:
@@ -139,17 +134,12 @@ def fitting(device: torch.device, repeats: int = 3) -> list[Timing]:
     )
 
 
-def measure(device: torch.device) -> list[tuple[str, list[Timing]]]:
-    """Measure everything.
-
-    Args:
-        device: where.
-
-    Returns:
-        Titles and timings.
-    """
-    return [
-        (f"One training step of the LeNet with BatchNorm, batch {BATCH}, a later task", training_step(device)),
-        *((f"One perturbed layer, forwards and backwards: {title}", timings) for title, timings in routes(device)),
-        ("Fit of the LeNet's four layers", fitting(device)),
-    ]
+def measurements(device: torch.device) -> Iterator[Measurement]:
+    """Yield each table's title and what measures it."""
+    title = f"A step of HALRP on the LeNet with BatchNorm, batch {BATCH}, a later task"
+    yield title, partial(training_step, device)
+    for name, (_, shape, rank, _) in _LAYERS.items():
+        size = "x".join(map(str, shape))
+        title = f"One layer perturbed by HALRP, forwards and backwards: {name}, rank {rank}, input {size}"
+        yield title, partial(routes, name, device)
+    yield "HALRP's fit of the LeNet's four layers", partial(fitting, device)

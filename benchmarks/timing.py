@@ -26,6 +26,10 @@ class Timing:
     ratio: float
 
 
+#: The title of a table, and what measures it.
+Measurement = tuple[str, Callable[[], list[Timing]]]
+
+
 def in_turn(variants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> list[Timing]:
     """Time several variants in turn.
 
