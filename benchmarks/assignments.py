@@ -38,6 +38,22 @@ def for_run(protocol: str, method: str, assignments: Mapping[str, str]) -> dict[
     return found
 
 
+def given_as(protocol: str, method: str, assignments: Mapping[str, str], setting: str) -> str:
+    """Name the key that decided a setting of a run.
+
+    Args:
+        protocol: of the run.
+        method: of the run.
+        assignments: as in `for_run`.
+        setting: the plain key.
+
+    Returns:
+        The key as it was given: for the method, for the protocol or for all.
+    """
+    keys = (f"{method}.{setting}", f"{protocol}.{setting}", setting)
+    return next((key for key in keys if key in assignments), setting)
+
+
 def check(protocols: Sequence[str], methods: Sequence[str], assignments: Mapping[str, object]) -> None:
     """Refuse keys that none of the chosen protocols and methods knows.
 
@@ -79,9 +95,10 @@ def check_hidden(protocol: str, method: str, given: Mapping[str, str], grid: Gri
         plain = key.rpartition(".")[2]
         alone = for_run(protocol, method, {key: "grid"})
         if alone and for_run(protocol, method, {**given, key: "grid"})[plain] != "grid":
-            raise InputError(f"--grid {key} has no effect on {method} on {protocol}: --set gives {plain} for it alone")
+            decided = given_as(protocol, method, given, plain)
+            raise InputError(f"--grid {key} has no effect on {method} on {protocol}: --set {decided} comes before it")
         if key in given:
-            raise InputError(f"{key} is given with --set and with --grid: leave one out")
+            raise InputError(f"--set {key} and --grid {key} are both given: leave one out")
     plains = [key.rpartition(".")[2] for key in grid if for_run(protocol, method, {key: "grid"})]
     for plain in plains:
         if plains.count(plain) > 1:

@@ -17,24 +17,11 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from benchmarks import commands
+from benchmarks import commands, options
 from benchmarks.settings import InputError
 
 _BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
-_ALL_METHODS = "naive,ewc,replay,gem,agem,gpm,ogd,logd,kfac,xkfac,halrp,joint"
-
-Data = Annotated[
-    list[str] | None,
-    typer.Option("--data", metavar="[PROTOCOL=]FILE", help="Images as a Keras-convention .npz file."),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the protocol or the method."),
-]
-Out = Annotated[Path, typer.Option(help="Folder of the results.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of each run; else the machine's, divided among the jobs.")]
-Wandb = Annotated[str | None, typer.Option(metavar="PROJECT", help="Log to Weights & Biases as well.")]
+_ALL_METHODS = options.ALL_METHODS
 
 
 class OneLineErrors(TyperGroup):
@@ -60,7 +47,20 @@ class OneLineErrors(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-app = typer.Typer(cls=OneLineErrors, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def start(context: typer.Context) -> None:
+    """Compare methods for continual learning under the protocols of the papers, or on your own images.
+
+    Exit codes: 2, the input is wrong, and nothing was trained or overwritten;
+    1, a run failed; 130, you interrupted.
+    """
+    if context.invoked_subcommand is None:
+        # As an option of typer's, some versions of it would end with exit code 0.
+        typer.echo(context.get_help(), nl=False)
+        raise typer.Exit(_BAD_INPUT)
 
 
 def _complain(message: str) -> int:
@@ -70,7 +70,7 @@ def _complain(message: str) -> int:
 
 
 @contextlib.contextmanager
-def _interruptible(out: Path) -> Iterator[None]:
+def _interruptible(out: Path, kept: bool) -> Iterator[None]:
     """Turn Ctrl-C into a message and exit code 130, and keep Avalanche's warnings off the terminal."""
     with warnings.catch_warnings():
         # Not a filter: Avalanche's deprecation marks switch filters off.
@@ -81,7 +81,9 @@ def _interruptible(out: Path) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            typer.echo(f"interrupted: what has finished is in {out}; the same command goes on from there", err=True)
+            what = f"what has finished is in {out}; the same command goes on from there"
+            nothing = "nothing is kept; with --out DIR what has finished is, and the same command goes on from there"
+            typer.echo(f"interrupted: {what if kept else nothing}", err=True)
             raise typer.Exit(_INTERRUPTED) from None
 
 
@@ -101,12 +103,12 @@ def run(
     *,
     method: Annotated[str, typer.Option(help="Name of the method; see `list`.")],
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and permutations.")] = 0,
-    data: Data = None,
-    device: Device = "cpu",
-    set_: Set = None,
-    out: Out = Path("results"),
-    threads: Threads = None,
-    wandb: Wandb = None,
+    data: options.Data = None,
+    device: options.Device = "cpu",
+    set_: options.Set = None,
+    out: options.Out = Path("results"),
+    threads: options.Threads = None,
+    wandb: options.Wandb = None,
 ) -> None:
     """Train one method on one protocol, and print where the result is."""
     from benchmarks.request import Description
@@ -131,33 +133,28 @@ def run(
 def compare(
     protocols: Annotated[list[str] | None, typer.Argument(help="Names of protocols; see `list`.")] = None,
     *,
-    file: Annotated[Path | None, typer.Option(help="YAML file that says the same as these options.")] = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(help=f"Names of methods, separated by commas; without it those that can run of {_ALL_METHODS}."),
-    ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas.  [default: 0,1,2]")] = None,
-    grid: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=V,V,...", help="Try several values of a setting (gpm.threshold=0.9,0.95)."),
-    ] = None,
-    set_: Set = None,
-    data: Data = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: cpu]")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs at a time.  [default: 1]")] = None,
-    threads: Threads = None,
-    backend: Annotated[str | None, typer.Option(help="local, ray or dask.  [default: local]")] = None,
-    address: Annotated[str | None, typer.Option(help="Address of the Ray or Dask cluster.")] = None,
-    gpu_share: Annotated[float | None, typer.Option(help="Fraction of a GPU for each run on a cluster.")] = None,
-    wandb: Wandb = None,
-    test: Annotated[str | None, typer.Option(help="Paired test of the report: t or wilcoxon.  [default: t]")] = None,
-    name: Annotated[str | None, typer.Option(help="Folder of the report below --out.")] = None,
-    out: Out = Path("results"),
+    file: options.File = None,
+    methods: options.Methods = None,
+    seeds: options.Seeds = None,
+    grid: options.Grid = None,
+    set_: options.Set = None,
+    data: options.Data = None,
+    device: options.MaybeDevice = None,
+    jobs: options.Jobs = None,
+    threads: options.Threads = None,
+    backend: options.Backend = None,
+    address: options.Address = None,
+    gpu_share: options.GpuShare = None,
+    wandb: options.Wandb = None,
+    test: options.Test = None,
+    columns: commands.Columns = None,
+    name: options.Name = None,
+    out: options.Out = Path("results"),
 ) -> None:
     """Train several methods with several seeds, print a table for each protocol, and write a report."""
     from benchmarks.report import terminal
     from benchmarks.request import Description, merged
-    from benchmarks.study_file import read_file
+    from benchmarks.study_file import errors_of, read_file
 
     given = Description(
         protocols=protocols or None,
@@ -175,9 +172,14 @@ def compare(
         name=name,
         wandb=wandb,
         test=test,
+        columns=None if columns is None else list(read_names(columns)),
     )
-    description = given if file is None else merged(read_file(file), given, file)
-    outcome, planned = carry_out(description, out, "compare")
+    if file is None:
+        outcome, planned = carry_out(given, out, "compare")
+    else:
+        content = read_file(file)
+        with errors_of(file, content, given):
+            outcome, planned = carry_out(merged(content, given, file), out, "compare")
     console = Console()
     for protocol in dict.fromkeys(own.job.protocol.name for own, _ in outcome.done):
         chosen = [{**result, "method": own.label} for own, result in outcome.done if own.job.protocol.name == protocol]
@@ -205,11 +207,13 @@ def spread(
 
 
 @app.command()
-def speed() -> None:
+def speed(
+    only: Annotated[str, typer.Option(help="words in the titles of the tables to measure; default all tables")] = "",
+) -> None:
     """Measure what the methods add to a training step."""
     from benchmarks import speed as measurements
 
-    measurements.main()
+    measurements.main(only)
 
 
 for _command in commands.ALL:
@@ -229,8 +233,8 @@ def read_seeds(text: str) -> list[int]:
         raise InputError(f"--seeds {text!r}: expected integers separated by commas") from None
 
 
-def carry_out(description: Any, out: Path, command: str) -> tuple[Any, Any]:
-    """Check a description, do its runs, and return what became of them with the plan."""
+def carry_out(description: Any, out: Path, command: str, *, kept: bool = True) -> tuple[Any, Any]:
+    """Check a description, do its runs, and return what became of them with the plan; `kept`: `out` is to last."""
     from benchmarks import compare as comparison
     from benchmarks import plan
     from benchmarks.request import make_request
@@ -242,7 +246,7 @@ def carry_out(description: Any, out: Path, command: str) -> tuple[Any, Any]:
         for label, reason in reasons.items():
             typer.echo(f"left out on {protocol}: {label}: {reason}", err=True)
     outcome = comparison.Outcome()
-    with _interruptible(out):
+    with _interruptible(out, kept):
         comparison.carry_out(request, planned, outcome)
     return outcome, planned
 

@@ -13,6 +13,15 @@ from benchmarks.settings import InputError
 
 Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of results.")]
 
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,NAME,...",
+        help="Figures of table.md and table.tex, by their names in table.csv, which always has all.",
+        show_default="those that there are",
+    ),
+]
+
 
 def reference(folders: Folders) -> None:
     """Take finished runs of unchanged settings over as reference results."""
@@ -45,23 +54,27 @@ def report(
     *,
     name: Annotated[str, typer.Option(help="Folder of the report below --out.")] = "report",
     test: Annotated[str, typer.Option(help="Paired test: t or wilcoxon.")] = "t",
+    columns: Columns = None,
     out: Annotated[Path, typer.Option(help="Folder of all results.")] = Path("results"),
 ) -> None:
     """Write a report of all finished runs below some folders, also of the reference results."""
-    from benchmarks import gather
+    from benchmarks import cli, gather
     from benchmarks.files import explain
     from benchmarks.folders import claim
     from benchmarks.report import writing
+    from benchmarks.report.columns import check
 
     if test not in ("t", "wilcoxon"):
         raise InputError(f"--test {test!r}: expected t or wilcoxon")
+    chosen = check(None if columns is None else cli.read_names(columns))
     study = gather.study(folders, name)
     claim(out, name)
     try:
-        files = writing.write(out / name, study, test=test)  # type: ignore[arg-type]
+        files = writing.write(out / name, study, test=test, columns=chosen)  # type: ignore[arg-type]
     except OSError as error:
         raise InputError(f"no report: {explain(error, out / name)}") from error
-    for path in files:
+    # Plots are many: their folder stands for them.
+    for path in dict.fromkeys(file if file.parent == out / name else file.parent for file in files):
         typer.echo(path)
 
 
@@ -99,7 +112,8 @@ def verify(
         for name in names:
             own = [result for result in chosen if result["protocol"] == name]
             if own:
-                outcome, _ = cli.carry_out(_again(name, own, data, jobs), out or Path(folder), "compare")
+                again = _again(name, own, data, jobs)
+                outcome, _ = cli.carry_out(again, out or Path(folder), "compare", kept=out is not None)
                 failed += [f"{planned}: {message}" for planned, message in outcome.failures]
                 for _, result in outcome.done:
                     same = [r for r in everything if (r["protocol"], r["method"]) == (name, result["method"])]

@@ -169,7 +169,8 @@ def _write(request: Request, planned: Plan, outcome: Outcome) -> list[str]:
     if not outcome.done and not outcome.failures:
         return []
     try:
-        files = writing.write(request.folder, study_of(request, planned, outcome), test=request.test)  # type: ignore[arg-type]
+        study = study_of(request, planned, outcome)
+        files = writing.write(request.folder, study, test=request.test, columns=request.columns)  # type: ignore[arg-type]
     except OSError as error:
         raise InputError(f"the runs are kept, but no report: {explain(error, request.folder)}") from error
     return [str(file) for file in files]

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from benchmarks import sources
+from benchmarks.fixed import OPTIMIZERS
 from benchmarks.methods import find_method
 from benchmarks.protocols import PROTOCOLS, find_protocol, resolve
 from benchmarks.record import Protocol
 from benchmarks.settings import InputError, settable, values
-
-_OPTIMIZERS = {"sgd": "SGD without momentum or weight decay", "adam": "Adam, its state kept between experiences"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Job:
         protocol = self.protocol
         fixed = {
             "model": protocol.model,
-            "optimizer": _OPTIMIZERS[protocol.optimizer],
+            "optimizer": OPTIMIZERS[protocol.optimizer],
             "split": protocol.split,
             "permutation_rule": protocol.permutation_rule if protocol.split == "permutations" else None,
             "draw_rule": protocol.draw_rule,

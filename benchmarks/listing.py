@@ -1,4 +1,4 @@
-"""What there is to run: protocols, methods, and every figure of a protocol with its source."""
+"""What there is to run: protocols, methods, and every figure of a protocol, settable or not, with its source."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.fixed import figures
 from benchmarks.settings import values
 
 _IMAGES = {
@@ -46,6 +47,10 @@ def show(protocol: str | None) -> None:
         return
     found = find_protocol(protocol)
     console.print(f"[bold]{found.name}[/bold]: {found.summary}", highlight=False)
+    table = Table("fixed", "value")
+    for key, text in figures(found).items():
+        table.add_row(key, text)
+    console.print(table)
     table = Table("setting (--set)", "value")
     for key, value in values(found).items():
         table.add_row(key, str(value))

@@ -14,7 +14,7 @@ from benchmarks.folders import RunFolder, claim, data_digest, run_folder, run_ke
 from benchmarks.jobs import Job, load_data, make_job, unsuited
 from benchmarks.protocols import find_protocol
 from benchmarks.request import Request
-from benchmarks.settings import InputError
+from benchmarks.settings import InputError, SettingError
 from benchmarks.sources import ImageData
 
 
@@ -104,20 +104,26 @@ def _check_lists(request: Request) -> None:
 
 
 def _jobs(request: Request) -> tuple[list[tuple[str, Job]], dict[str, dict[str, str]]]:
-    """Resolve every run with its label, and say what is left out."""
+    """Resolve every run with its label, and say what is left out; a wrong value is told by where it was given."""
     jobs = []
     left_out: dict[str, dict[str, str]] = {}
     for protocol in request.protocols:
         for seed in request.seeds:
             for method in request.methods:
                 for point in assignments.points(request.grid):
-                    changes = assignments.for_run(protocol, method, {**request.assignments, **point})
+                    given = {**request.assignments, **point}
+                    changes = assignments.for_run(protocol, method, given)
                     label = assignments.label(protocol, method, point)
-                    reasons = unsuited(protocol, [method], changes) if request.every else {}
-                    if reasons:
-                        left_out.setdefault(protocol, {})[label] = reasons[method]
-                    else:
-                        jobs.append((label, make_job(protocol, method, seed, request.device, changes)))
+                    try:
+                        reasons = unsuited(protocol, [method], changes) if request.every else {}
+                        if reasons:
+                            left_out.setdefault(protocol, {})[label] = reasons[method]
+                        else:
+                            jobs.append((label, make_job(protocol, method, seed, request.device, changes)))
+                    except SettingError as error:
+                        key = assignments.given_as(protocol, method, given, error.key)
+                        option = "--grid" if key in point else "--set"
+                        raise InputError(f"{option} {key}={error.text}: {error.problem}") from error
     return jobs, left_out
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from avalanche_gradproj import GradProjError
+from benchmarks import held
 
 
 def free_shares(plugins: Sequence[Any]) -> dict[str, float] | None:
@@ -31,9 +32,14 @@ def free_shares(plugins: Sequence[Any]) -> dict[str, float] | None:
 
 def bytes_held(plugins: Sequence[Any]) -> int | None:
     """Read what the method keeps of the past: bytes, None where no plugin counts them."""
-    held = [getattr(getattr(plugin, "method", None), "bytes_held", None) for plugin in plugins]
-    known = [int(value) for value in held if value is not None]
+    known = [int(value) for value in map(_bytes_held, plugins) if value is not None]
     return sum(known) if known else None
+
+
+def _bytes_held(plugin: Any) -> Any:
+    """What one plugin says that it keeps, or what is counted for it."""
+    said = getattr(getattr(plugin, "method", None), "bytes_held", None)
+    return held.bytes_held(plugin) if said is None else said
 
 
 def growth(plugins: Sequence[Any]) -> float | None:

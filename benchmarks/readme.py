@@ -18,8 +18,8 @@ from benchmarks.settings import InputError
 #: Documents with such places.
 DOCUMENTS = ("README.md",)
 
-#: Methods that keep something of the past and do not say how much: Avalanche's own.
-_UNCOUNTED = ("ewc", "replay", "gem", "agem")
+#: Methods that keep something of the past, where results of earlier versions do not say how much: Avalanche's own.
+_COUNTED_LATER = ("ewc", "replay", "gem", "agem")
 _END = "<!-- end of reference -->"
 _PLACE = re.compile(r"(<!-- reference: (\S+)(?: methods=(\S+))? -->\n)(.*?)(<!-- end of reference -->)", re.DOTALL)
 
@@ -92,7 +92,8 @@ def _table(protocol: str, methods: Sequence[str] | None, results: Sequence[Mappi
         transfer = "-" if heads else _cell(runs, "forward_transfer", 2)
         cells = [name, len(runs), _cell(runs, "acc", 2), _cell(runs, "bwt", 2), transfer]
         cells += [_cell(runs, "growth", 1, 0.01)] if grows else []
-        cells += [seconds, "not counted" if name in _UNCOUNTED else _cell(runs, "bytes_held", 0, 1000)]
+        uncounted = name in _COUNTED_LATER and all(run["bytes_held"] is None for run in runs)
+        cells += [seconds, "not counted" if uncounted else _cell(runs, "bytes_held", 0, 1000)]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
 

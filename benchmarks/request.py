@@ -38,6 +38,7 @@ class Request:
         gpu_share: fraction of a GPU that a run takes on a cluster.
         wandb: name of a project of Weights & Biases, None to leave it out.
         test: paired test of the report, `t` or `wilcoxon`.
+        columns: figures of the report's tables for people; none takes those that there are.
     """
 
     protocols: tuple[str, ...]
@@ -58,6 +59,7 @@ class Request:
     gpu_share: float = 1.0
     wandb: str | None = None
     test: str = "t"
+    columns: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -107,6 +109,7 @@ class Description:
         name: of the report's folder.
         wandb: project.
         test: `t` or `wilcoxon`.
+        columns: figures of the report's tables, by their names in `table.csv`.
     """
 
     protocols: list[str] | None = None
@@ -124,6 +127,7 @@ class Description:
     name: str | None = None
     wandb: str | None = None
     test: str | None = None
+    columns: list[str] | None = None
 
 
 def merged(file: Description, given: Description, path: Path) -> Description:
@@ -175,6 +179,7 @@ def make_request(description: Description, out: Path, command: str, every: tuple
     Raises:
         InputError: if something cannot be read, or there is no protocol.
     """
+    from benchmarks.report.columns import check
     from benchmarks.resources import check_device
     from benchmarks.settings import parse_assignments
 
@@ -203,6 +208,7 @@ def make_request(description: Description, out: Path, command: str, every: tuple
         gpu_share=1.0 if description.gpu_share is None else description.gpu_share,
         wandb=description.wandb,
         test=test,
+        columns=check(description.columns),
     )
 
 

@@ -29,6 +29,20 @@ class InputError(Exception):
     """What the user gave cannot be used; the message is one line that says what came and what is expected."""
 
 
+class SettingError(InputError):
+    """A setting's value cannot be used; who knows where it was given says so.
+
+    Attributes:
+        key: the setting, as the record names it.
+        text: the value, or that element of it that is wrong.
+        problem: what is wrong with it.
+    """
+
+    def __init__(self, key: str, text: object, problem: str) -> None:
+        super().__init__(f"{key}={text}: {problem}")
+        self.key, self.text, self.problem = key, str(text), problem
+
+
 def setting(
     default: Any,
     *,
@@ -126,7 +140,7 @@ def apply(record: Record, assignments: Mapping[str, str]) -> Record:
         The changed copy.
 
     Raises:
-        InputError: if a text is not of the field's type or out of its bounds.
+        SettingError: if a text is not of the field's type or out of its bounds.
     """
     hints = typing.get_type_hints(type(record))
     changes: dict[str, Any] = {}
@@ -164,7 +178,7 @@ def _convert(key: str, text: str, annotation: Any) -> Any:
         except ValueError:
             continue
     expected = " or ".join(_describe(member) for member in members)
-    raise InputError(f"--set {key}={text}: {text!r} is not {expected}")
+    raise SettingError(key, text, f"{text!r} is not {expected}")
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
@@ -213,8 +227,8 @@ def _check_bounds(key: str, value: Any, bounds: Mapping[str, float | None]) -> N
         if isinstance(element, str):
             continue
         if minimum is not None and element < minimum:
-            raise InputError(f"--set {key}={element}: expected at least {minimum:g}")
+            raise SettingError(key, element, f"expected at least {minimum:g}")
         if maximum is not None and element > maximum:
-            raise InputError(f"--set {key}={element}: expected at most {maximum:g}")
+            raise SettingError(key, element, f"expected at most {maximum:g}")
         if above is not None and element <= above:
-            raise InputError(f"--set {key}={element}: expected more than {above:g}")
+            raise SettingError(key, element, f"expected more than {above:g}")

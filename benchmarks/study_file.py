@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,35 @@ def read_file(path: Path) -> Description:
     return Description(**read)
 
 
+@contextmanager
+def errors_of(path: Path, file: Description, given: Description) -> Iterator[None]:
+    """Let errors name entries of the file instead of options, where it was the file that gave them.
+
+    Args:
+        path: the file.
+        file: what it says.
+        given: what the command line says.
+    """
+
+    def entry(found: re.Match[str]) -> str:
+        name, key = found[1].replace("-", "_"), found[2]
+        ours, theirs = (getattr(own, name, None) for own in (given, file))
+        if key:
+            own, other = ({text.partition("=")[0] for text in texts or ()} for texts in (theirs, ours))
+            in_file = key in own - other
+        else:
+            in_file = theirs is not None and ours is None
+        what = f"{name} {key}" if key else name
+        return found[0] if not in_file else f"{what} of {path.name}" if found.start() else f"{path.name}: {what}"
+
+    try:
+        yield
+    except InputError as error:
+        # Keys follow --set and --grid; another option is what a message is about where it begins it.
+        message = re.sub(r"--(set|grid) ([\w.-]+)", entry, str(error))
+        raise InputError(re.sub(r"^--([a-z-]+)()", entry, message)) from error
+
+
 _NUMBERS: Mapping[str, Any] = {"jobs": int, "threads": int, "gpu_share": (int, float)}
 
 
@@ -62,7 +93,7 @@ def _entry(path: Path, key: str, value: Any) -> Any:
         if not isinstance(value, dict):
             raise InputError(f"{key} in {path.name} is {value!r:.60}; expected key: value entries")
         return [f"{name}={_values(path, key, name, own)}" for name, own in value.items()]
-    if key in ("protocols", "methods", "data", "seeds"):
+    if key in ("protocols", "methods", "data", "seeds", "columns"):
         parts = value if isinstance(value, list) else [value]
         wanted = int if key == "seeds" else str
         if not parts or any(isinstance(part, bool) or not isinstance(part, wanted) for part in parts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -14,8 +14,14 @@ from benchmarks.report.look import REFERENCE, Style, styles
 from benchmarks.report.matrices import Curve
 from benchmarks.report.svg import canvas, drawing, to_svg
 
+#: Lowest and highest percentage of what is drawn here: nothing lies beyond, so that a band ends there.
+LOWEST, HIGHEST = 0.0, 100.0
+
 #: More layers than these have no legend: their colours run from the first to the last.
 NAMED = 12
+
+#: The axis ends at what is possible: a marker there is drawn whole, and over the line of the axis.
+_WHOLE: Mapping[str, Any] = {"clip_on": False, "zorder": 3}
 
 
 def draw(
@@ -50,12 +56,12 @@ def draw(
         shade = 0.14 if len(drawn) <= 6 else 0.08  # many bands lie on each other
         for label, line in drawn.items():
             x = range(1, len(line.mean) + 1)
-            low, high = _plain(line.low), _plain(line.high)
+            low, high = _plain(map(_possible, line.low)), _plain(map(_possible, line.high))
             if any(not math.isnan(value) for value in low):
                 axes.fill_between(x, low, high, color=looks[label].colour, alpha=shade, linewidth=0)
-            (handles[label],) = axes.plot(x, _plain(line.mean), **looks[label].line)
+            (handles[label],) = axes.plot(x, _plain(line.mean), **_WHOLE, **looks[label].line)
         for label, level in known.items():
-            handles[label] = axes.axhline(level, **REFERENCE)
+            handles[label] = axes.axhline(level, **_WHOLE, **REFERENCE)
         longest = max((len(line.mean) for line in drawn.values()), default=1)
         _experiences(axes, longest)
         axes.set_ylabel(axis)
@@ -86,16 +92,26 @@ def draw_layers(name: str, title: str, shares: Mapping[str, Sequence[float | Non
         handles = {}
         for index, (layer, values) in enumerate(shares.items()):
             look = looks[layer].line if len(shares) <= NAMED else {"color": colours(index / (len(shares) - 1))}
-            (handles[layer],) = axes.plot(range(1, len(values) + 1), _plain(values), **look)
+            (handles[layer],) = axes.plot(range(1, len(values) + 1), _plain(values), **_WHOLE, **look)
         _experiences(axes, max(map(len, shares.values())))
         axes.set_ylabel("free share (%)")
-        axes.set_ylim(-3, 103)
+        axes.set_ylim(LOWEST, HIGHEST)
         if len(shares) <= NAMED:
             _legend(axes, handles)
         return to_svg(figure, name, title)
 
 
-def _plain(values: Sequence[float | None]) -> list[float]:
+def beyond(line: Curve) -> bool:
+    """Tell whether the band of a line reaches beyond what is possible, and is drawn up to there."""
+    return any(value is not None and value != _possible(value) for value in (*line.low, *line.high))
+
+
+def _possible(value: float | None) -> float | None:
+    """Return the nearest value that is possible."""
+    return None if value is None else min(HIGHEST, max(LOWEST, value))
+
+
+def _plain(values: Iterable[float | None]) -> list[float]:
     """Numbers for matplotlib, which leaves a gap where one is NaN."""
     return [math.nan if value is None else value for value in values]
 
@@ -108,11 +124,11 @@ def _experiences(axes: Any, count: int) -> None:
 
 
 def _within(axes: Any, values: Sequence[float | None]) -> None:
-    """Show all values, and no percentage that cannot be but by a little room for markers."""
-    known = [value for value in values if value is not None]
+    """Show all values, and no percentage that cannot be."""
+    known = [value for value in map(_possible, values) if value is not None]
     low, high = min(known), max(known)
     room = max(0.5, 0.05 * (high - low))
-    axes.set_ylim(max(-2.0, low - room), min(102.0, high + room) if low >= 0 else high + room)
+    axes.set_ylim(max(LOWEST, low - room), min(HIGHEST, high + room))
 
 
 def _legend(axes: Any, handles: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.report.formatting import count_of, figure_interval, shared_changes, unsaid_changes, with_spread
 from benchmarks.report.markup import Markup, join, lines, table, tag
+from benchmarks.report.possible import beyond
 from benchmarks.report.statistics import ALPHA, Comparisons, holm
 from benchmarks.report.summary import Figure, Metric, Row, shown
 
@@ -18,7 +19,7 @@ def figures_table(rows: Sequence[Row], found: Comparisons) -> Markup:
         found: what the tests say, for the marks beside the highest ACC.
 
     Returns:
-        The table, and below it what the marks mean.
+        The table, and below it what the marks mean, and which intervals reach beyond what is possible.
     """
     metrics = shown(rows)
     marks, explanation = _marks(rows, found)
@@ -35,7 +36,8 @@ def figures_table(rows: Sequence[Row], found: Comparisons) -> Markup:
     made = table(caption, ["method", "seeds", *(metric.heading for metric in metrics)], body, "main")
     shared = ", ".join(f"{key}={value}" for key, value in shared_changes(rows).items())
     note = tag("p", f"Changed from the protocol in all rows: {shared}.") if shared else ""
-    return lines([made, note, tag("p", explanation) if explanation else ""])
+    remark = beyond(rows, metrics)
+    return lines([made, note, tag("p", explanation) if explanation else "", tag("p", remark) if remark else ""])
 
 
 def _name(row: Row, rows: Sequence[Row]) -> Markup:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from benchmarks.report import sections
 from benchmarks.report.formatting import decimal
-from benchmarks.report.look import styles
 from benchmarks.report.markup import Markup, bullets, join, lines, tag
 from benchmarks.report.page_style import CSS
+from benchmarks.report.plots import Plot, draw
 from benchmarks.report.protocol_facts import facts, named
 from benchmarks.report.statistics import ALPHA, NAMES, Test
 from benchmarks.report.study import Study
 from benchmarks.report.summary import METRICS
 
 
-def page(study: Study, *, test: Test = "t") -> str:
+def page(study: Study, *, test: Test = "t", drawn: Mapping[str, Sequence[Plot]] | None = None) -> str:
     """Write the page.
 
     Args:
         study: what there is to report.
         test: which paired test.
+        drawn: the plots of each protocol, where they are drawn already (`plots.draw`).
 
     Returns:
         HTML; the same study gives the same text.
     """
     names = named(study)
-    looks = styles([result["label"] for result in study.results])
+    drawn = draw(study) if drawn is None else drawn
     parts = [
         tag("h1", study.title),
         _numbers(study),
@@ -33,7 +36,9 @@ def page(study: Study, *, test: Test = "t") -> str:
     ]
     if not study.results:
         parts.append(tag("p", "No run has finished: there is nothing to compare."))
-    parts += [sections.protocol(study, name, f"p{index}", looks, test) for index, name in enumerate(names, 1)]
+    parts += [
+        sections.protocol(study, name, f"p{index}", drawn.get(name, ()), test) for index, name in enumerate(names, 1)
+    ]
     parts.append(_reading(test))
     body = tag("body", tag("main", lines(parts)))
     return "\n".join(
@@ -99,8 +104,8 @@ def _reading(test: Test) -> Markup:
             "p",
             "Figures are means over seeds ± sample standard deviation; in brackets, or below in small print, the 95 % "
             "t-interval of the mean. It takes the figures of seeds to be normally distributed, so that with few seeds "
-            "it is wide and may reach past 100 %. Another machine, or another number of threads, may round "
-            "differently, and training follows.",
+            "it is wide and may reach past what is possible; a remark below the table then says so. Another machine, "
+            "or another number of threads, may round differently, and training follows.",
         ),
         tag(
             "p",

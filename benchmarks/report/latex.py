@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from benchmarks.report.formatting import decimal, places, scaled
 from benchmarks.report.markup import slug
@@ -32,11 +33,12 @@ def escape(text: str) -> str:
     return "".join(_SPECIAL.get(mark, mark) for mark in " ".join(text.split()))
 
 
-def latex(study: Study) -> str:
+def latex(study: Study, *, columns: Sequence[str] = ()) -> str:
     r"""Write one table for each protocol with a finished run.
 
     Args:
         study: what there is to report.
+        columns: keys of the metrics that the tables have; none takes those that there are.
 
     Returns:
         The text, to be read in by `\input`.
@@ -46,13 +48,13 @@ def latex(study: Study) -> str:
     if study.unfinished:
         parts.append(f"% Not complete: {study.unfinished} run(s) not finished.")
     for name in study.protocols:
-        parts += ["", *_table(name, summarise(study.of(name)))]
+        parts += ["", *_table(name, summarise(study.of(name)), columns)]
     return "\n".join(parts) + "\n"
 
 
-def _table(name: str, rows: list[Row]) -> list[str]:
+def _table(name: str, rows: list[Row], columns: Sequence[str]) -> list[str]:
     """One table."""
-    metrics = shown(rows)
+    metrics = shown(rows, columns)
     seeds = sorted({seed for row in rows for seed in row.seeds})
     summary = facts(name).summary
     about = f"{escape(name)}: {escape(summary)}. " if summary else f"{escape(name)}. "

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.report import curves, heatmaps, matrices, scatter
-from benchmarks.report.look import Style
-from benchmarks.report.summary import is_joint, summarise
+from benchmarks.report.look import Style, styles
+from benchmarks.report.protocol_facts import named
+from benchmarks.report.study import Study
+from benchmarks.report.summary import Row, is_joint, summarise
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -27,11 +29,27 @@ class Plot:
         kind: which plot it is: `seen`, `first`, `time`, `memory`, `free` or `matrix`.
         svg: the `<svg>` element.
         caption: what it shows, as plain text.
+        label: whose it is; empty for those of all labels.
     """
 
     kind: str
     svg: str
     caption: str
+    label: str = ""
+
+
+def draw(study: Study) -> dict[str, list[Plot]]:
+    """Draw all plots of a report.
+
+    Args:
+        study: what there is to report.
+
+    Returns:
+        The plots of each protocol with a finished run, ready for one page.
+    """
+    looks = styles([result["label"] for result in study.results])
+    prefixes = {name: f"p{index}" for index, name in enumerate(named(study), 1)}
+    return {name: plots(prefixes[name], study.of(name), looks) for name in study.protocols}
 
 
 def plots(prefix: str, runs: Runs, looks: Mapping[str, Style]) -> list[Plot]:
@@ -70,10 +88,11 @@ def _over_time(prefix: str, runs: Runs, looks: Mapping[str, Style]) -> Iterator[
             label: matrices.curve([[matrices.at_the_end(matrices.matrix_of(run))[place]] for run in own]).mean[0]
             for label, own in joint.items()
         }
+        cut = " Cut off at 0 and 100 %." if any(map(curves.beyond, lines.values())) else ""
         svg = curves.draw(f"{prefix}-{kind}", f"{title}, after each one", axis, lines, levels, looks)
         if svg:
             dotted = f" Dotted: {', '.join(levels)}, trained on all at once." if levels else ""
-            yield Plot(kind, svg, f"{title}, after each one; mean over seeds.{band}{dotted}")
+            yield Plot(kind, svg, f"{title}, after each one; mean over seeds.{band}{cut}{dotted}")
 
 
 def _against_cost(prefix: str, runs: Runs, looks: Mapping[str, Style]) -> Iterator[Plot]:
@@ -85,8 +104,16 @@ def _against_cost(prefix: str, runs: Runs, looks: Mapping[str, Style]) -> Iterat
     ):
         svg = scatter.draw(f"{prefix}-{kind}", f"ACC against {title}", axis, rows, key, looks)
         if svg:
-            whiskers = " Bars: sample standard deviation." if any(len(row.seeds) > 1 for row in rows) else ""
-            yield Plot(kind, svg, f"ACC at the end against {title}; mean over seeds.{whiskers}")
+            yield Plot(kind, svg, f"ACC at the end against {title}; mean over seeds.{_bars(rows, key)}")
+
+
+def _bars(rows: Sequence[Row], key: str) -> str:
+    """Say what the bars of dots are."""
+    found = [(row.figures[each], scatter.whiskers(row.figures[each], each)) for row in rows for each in ("acc", key)]
+    if not any(len(row.seeds) > 1 for row in rows):
+        return ""
+    cut = any(ends is not None and ends != (figure.std, figure.std) for figure, ends in found)
+    return f" Bars: sample standard deviation{', as far as it is possible' if cut else ''}."
 
 
 def _free(prefix: str, runs: Runs) -> Iterator[Plot]:
@@ -96,9 +123,8 @@ def _free(prefix: str, runs: Runs) -> Iterator[Plot]:
         if shares:
             svg = curves.draw_layers(f"{prefix}-free{index}", f"Free share of each layer, {label}", shares)
             many = " Colour: from the first layer, dark, to the last, light." if len(shares) > curves.NAMED else ""
-            yield Plot(
-                "free", svg, f"{label}: share of each layer's input space that is still free; mean over seeds.{many}"
-            )
+            caption = f"{label}: share of each layer's input space that is still free; mean over seeds.{many}"
+            yield Plot("free", svg, caption, label)
 
 
 def _matrices(prefix: str, runs: Runs) -> Iterator[Plot]:
@@ -111,4 +137,4 @@ def _matrices(prefix: str, runs: Runs) -> Iterator[Plot]:
             count = len(runs[label])
             below = " and below" if low > 0 else ""
             seeds = f"mean over {count} seeds" if count > 1 else "one seed"
-            yield Plot("matrix", svg, f"{label}, {seeds}. Darkest: {low:.0f} %{below}.")
+            yield Plot("matrix", svg, f"{label}, {seeds}. Darkest: {low:.0f} %{below}.", label)

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.report.look import Style
-from benchmarks.report.summary import Row
+from benchmarks.report.summary import BY_KEY, Figure, Row
 from benchmarks.report.svg import canvas, drawing, to_svg
 
 #: Where the middle of a name may stand, seen from its dot: near ones first, at these distances in points and angles.
@@ -57,23 +57,59 @@ def draw(name: str, title: str, axis: str, rows: Sequence[Row], key: str, looks:
         axes.margins(0.14, 0.12)
         places = []
         for row, cost in zip(points, costs, strict=True):
-            accuracy, look = row.figures["acc"], looks[row.label]
+            look = looks[row.label]
             axes.errorbar(
                 cost,
-                accuracy.mean or 0.0,
-                xerr=row.figures[key].std,
-                yerr=accuracy.std,
+                row.figures["acc"].mean or 0.0,
+                xerr=_bar(row.figures[key], key),
+                yerr=_bar(row.figures["acc"], "acc"),
+                clip_on=False,  # the axes end at what is possible: a dot there is drawn whole
                 linestyle="none",
                 ecolor=look.colour,
                 elinewidth=0.7,
                 zorder=3,
                 **look.dots,
             )
-            places.append((cost, accuracy.mean or 0.0))
+            places.append((cost, row.figures["acc"].mean or 0.0))
         axes.set_xlabel(axis)
         axes.set_ylabel("ACC (%)")
+        axes.set_ylim(*_within(axes.get_ylim(), [y for _, y in places], "acc"))
+        if axes.get_xscale() == "linear":  # a logarithmic one never reaches zero
+            axes.set_xlim(*_within(axes.get_xlim(), costs, key))
         _names(figure, axes, {row.label: looks[row.label].dark for row in points}, places)
         return to_svg(figure, name, title)
+
+
+def whiskers(figure: Figure, key: str) -> tuple[float, float] | None:
+    """Return how far the bar of a dot reaches below and above it.
+
+    Args:
+        figure: what the dot shows.
+        key: of its metric.
+
+    Returns:
+        The sample standard deviation, or as much of it as is possible on that side; None where there is none.
+    """
+    if figure.std is None or figure.mean is None:
+        return None
+    lowest, highest = BY_KEY[key].lowest, BY_KEY[key].highest
+    below = figure.std if lowest is None else max(0.0, min(figure.std, figure.mean - lowest))
+    above = figure.std if highest is None else max(0.0, min(figure.std, highest - figure.mean))
+    return below, above
+
+
+def _bar(figure: Figure, key: str) -> list[list[float]] | None:
+    """The same as matplotlib takes it."""
+    found = whiskers(figure, key)
+    return None if found is None else [[found[0]], [found[1]]]
+
+
+def _within(ends: tuple[float, float], values: Sequence[float], key: str) -> tuple[float, float]:
+    """Let an axis end at what is possible, and show whatever there is all the same."""
+    low, high = ends
+    lowest, highest = BY_KEY[key].lowest, BY_KEY[key].highest
+    low = low if lowest is None else max(low, min(lowest, *values))
+    return low, high if highest is None else min(high, max(highest, *values))
 
 
 def _names(figure: Any, axes: Any, labels: Mapping[str, str], points: Sequence[tuple[float, float]]) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 from benchmarks.report import circumstances as around
 from benchmarks.report.figures_table import figures_table
 from benchmarks.report.formatting import with_spread
-from benchmarks.report.look import Style
 from benchmarks.report.markup import Cell, Markup, bullets, details, join, lines, table, tag
-from benchmarks.report.plots import Plot, plots
+from benchmarks.report.plots import Plot
 from benchmarks.report.protocol_facts import beside, facts, published_text
 from benchmarks.report.settings_part import settings_part
 from benchmarks.report.statistics import Test, compare_pairs
@@ -21,14 +20,14 @@ from benchmarks.report.tests_part import tests_part
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def protocol(study: Study, name: str, prefix: str, looks: Mapping[str, Style], test: Test) -> Markup:
+def protocol(study: Study, name: str, prefix: str, drawn: Sequence[Plot], test: Test) -> Markup:
     """Write the section of one protocol.
 
     Args:
         study: what there is to report.
         name: the protocol.
-        prefix: its id, and what the ids in it begin with.
-        looks: label to its look in plots.
+        prefix: its id.
+        drawn: its plots.
         test: which paired test.
 
     Returns:
@@ -48,7 +47,7 @@ def protocol(study: Study, name: str, prefix: str, looks: Mapping[str, Style], t
             figures_table(rows, found),
             _published(name, rows),
             tests_part(list(runs), found),
-            _drawings(plots(prefix, runs, looks)),
+            _drawings(drawn),
         ]
     else:
         parts.append(tag("p", "No run of this protocol has finished."))

@@ -26,6 +26,8 @@ class Metric:
         factor: from the result's unit to the one that people read.
         meaning: what it is.
         better: whether a higher or a lower one is better; None where that depends.
+        lowest: the lowest value that it can have, in the result's unit; None where there is none.
+        highest: the highest one.
     """
 
     key: str
@@ -35,6 +37,8 @@ class Metric:
     meaning: str
     factor: float = 1.0
     better: Literal["higher", "lower"] | None = None
+    lowest: float | None = 0.0
+    highest: float | None = None
 
     @property
     def heading(self) -> str:
@@ -43,7 +47,9 @@ class Metric:
 
 
 METRICS = (
-    Metric("acc", "ACC", "%", 2, "mean accuracy over all experiences after the last one", better="higher"),
+    Metric(
+        "acc", "ACC", "%", 2, "mean accuracy over all experiences after the last one", better="higher", highest=100.0
+    ),
     Metric(
         "bwt",
         "BWT",
@@ -51,6 +57,8 @@ METRICS = (
         2,
         "mean change of the accuracy on earlier experiences since each was learned, over all but the last",
         better="higher",
+        lowest=-100.0,
+        highest=100.0,
     ),
     Metric(
         "forgetting",
@@ -59,6 +67,8 @@ METRICS = (
         2,
         "mean loss from the best accuracy on an earlier experience to the final one",
         better="lower",
+        lowest=-100.0,
+        highest=100.0,
     ),
     Metric(
         "forward_transfer",
@@ -68,6 +78,8 @@ METRICS = (
         "mean accuracy on the next experience before it is learned, less that of "
         "the untrained network; none where each experience has a head of its own, which is still untrained then",
         better="higher",
+        lowest=-100.0,
+        highest=100.0,
     ),
     Metric(
         "train_seconds",
@@ -94,11 +106,15 @@ METRICS = (
         "held",
         "kB",
         None,
-        "what the method keeps of earlier experiences, where it counts that",
+        "what the method keeps of earlier experiences, where that is counted; of replay and A-GEM what their samples "
+        "take as the tensors that they are trained on, though Avalanche holds references to them",
         1e-3,
         "lower",
     ),
 )
+
+#: The same by key.
+BY_KEY: Mapping[str, Metric] = {metric.key: metric for metric in METRICS}
 
 
 @dataclass(frozen=True)
@@ -216,6 +232,16 @@ def _value(run: Mapping[str, Any], key: str) -> Any:
     return None if heads and key == "forward_transfer" else run.get(key)
 
 
-def shown(rows: Sequence[Row]) -> list[Metric]:
-    """Return the metrics that at least one row has."""
+def shown(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[Metric]:
+    """Choose the metrics of a table.
+
+    Args:
+        rows: its rows.
+        columns: keys of the metrics asked for, in their order (`columns.check`); none takes those that a row has.
+
+    Returns:
+        The metrics.
+    """
+    if columns:
+        return [BY_KEY[key] for key in columns]
     return [metric for metric in METRICS if any(row.figures[metric.key].count for row in rows)]

@@ -30,6 +30,11 @@ _SETTINGS = {
     "legend.frameon": False,
 }
 
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+
+#: Characters that HTML puts up with and XML does not.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+
 _METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
@@ -76,6 +81,28 @@ def to_svg(figure: Figure, name: str, title: str) -> str:
     head, rest = text.split(">", 1)
     label = f'{head} role="img" aria-labelledby="{name}-title">'
     return f'{label}\n<title id="{name}-title">{html.escape(title)}</title>{rest}'
+
+
+def standalone(element: str, description: str = "") -> str:
+    """Turn a drawing of a page into one that is a file.
+
+    Args:
+        element: what `to_svg` returned.
+        description: what else there is to say of it, kept in the file but not drawn.
+
+    Returns:
+        The text of the file: what the page says of all its drawings is in it, and fonts are asked for by name.
+    """
+    head, rest = element.split(">", 1)
+    title, rest = rest.split("</title>", 1)
+    # What is written in an element itself comes before these, as it does before the page's rules.
+    head += f' xmlns="{_SVG}" xmlns:xlink="{_XLINK}" version="1.1" stroke-linejoin="round" stroke-linecap="butt">'
+    # Not all programs for drawings know a link without its namespace, which HTML has no need of.
+    rest = re.sub(r"<[^>]*>", lambda tag: tag[0].replace(' href="', ' xlink:href="'), rest)
+    rest = re.sub(r'(<g id="[^"]*QuadMesh[^"]*")', r'\1 shape-rendering="crispEdges"', rest)
+    note = f"\n<desc>{html.escape(description)}</desc>" if description else ""
+    text = f'<?xml version="1.0" encoding="utf-8"?>\n{head}{title}</title>{note}{rest}\n'
+    return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _own_tag(tag: str, name: str) -> str:

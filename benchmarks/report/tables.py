@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 
 from benchmarks.report import circumstances as around
 from benchmarks.report.formatting import count_of, shared_changes, unsaid_changes, with_spread
+from benchmarks.report.possible import beyond
 from benchmarks.report.protocol_facts import beside, facts, named, published_text
 from benchmarks.report.statistics import NAMES, Test, compare_pairs
 from benchmarks.report.study import Study
@@ -17,7 +19,7 @@ COLUMNS = ("protocol", "label", "seeds", "metric", "mean", "std", "ci_low", "ci_
 
 
 def csv_table(study: Study) -> str:
-    """Write one line for each protocol, label and metric, in the units of the results.
+    """Write one line for each protocol, label and metric, in the units of the results: always all metrics.
 
     Args:
         study: what there is to report.
@@ -39,12 +41,13 @@ def csv_table(study: Study) -> str:
     return buffer.getvalue()
 
 
-def markdown(study: Study, *, test: Test = "t") -> str:
+def markdown(study: Study, *, test: Test = "t", columns: Sequence[str] = ()) -> str:
     """Write all tables for a file that people read.
 
     Args:
         study: what there is to report.
         test: which paired test the last line of each table speaks of.
+        columns: keys of the metrics that the tables have; none takes those that there are.
 
     Returns:
         GitHub's Markdown.
@@ -57,11 +60,11 @@ def markdown(study: Study, *, test: Test = "t") -> str:
     if not study.results:
         lines += ["No run has finished.", ""]
     for name in named(study):
-        lines += [*_section(study, name, test), ""]
+        lines += [*_section(study, name, test, columns), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _section(study: Study, name: str, test: Test) -> list[str]:
+def _section(study: Study, name: str, test: Test, columns: Sequence[str]) -> list[str]:
     """The part of one protocol."""
     known = facts(name)
     lines = [f"## {_text(name)}", ""]
@@ -71,7 +74,7 @@ def _section(study: Study, name: str, test: Test) -> list[str]:
     rows = summarise(runs)
     notes = []
     if rows:
-        metrics = shown(rows)
+        metrics = shown(rows, columns)
         lines += _table(
             ["method", "seeds", *(metric.heading for metric in metrics)],
             [
@@ -87,6 +90,8 @@ def _section(study: Study, name: str, test: Test) -> list[str]:
         notes.append(f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}.")
         shared = ", ".join(f"{key}={value}" for key, value in shared_changes(rows).items())
         notes += [f"Changed from the protocol in all rows: {shared}."] if shared else []
+        remark = beyond(rows, metrics, numbers=True)
+        notes += [remark] if remark else []
         found = compare_pairs(runs, test=test)
         if found.tested:
             alike = sum(not pair.differs for pair in found.pairs if pair.corrected is not None)

@@ -36,6 +36,17 @@ def await_path(path, seconds=120):
         time.sleep(0.01)
 
 
+def await_second_run(folder, seconds=120):
+    """Wait until one run below a folder has finished and another one trains."""
+    end = time.monotonic() + seconds
+    while True:
+        finished = {file.parent for file in folder.rglob("result.json")}
+        if finished and {file.parent for file in folder.rglob("status.json")} - finished:
+            return
+        assert time.monotonic() < end, f"no second run began in {folder}"
+        time.sleep(0.02)
+
+
 def await_begun(folder, *names):
     """Wait until runs have begun and said in which process."""
     for name in names:

@@ -7,6 +7,7 @@ import shlex
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from benchmarks import plan, sources
@@ -84,14 +85,26 @@ BAD = {
     "compare digits-split --grid gpm.threshold=0.9,0.9": ["gpm.threshold=0.9 twice"],
     "compare digits-split --grid epochs=1,2 --grid epochs=3": ["'epochs' twice"],
     "compare digits-split --grid epochs=1,two": ["epochs", "'two'", "an integer"],
-    "compare digits-split --set epochs=1 --grid epochs=1,2": ["epochs", "--set and with --grid"],
-    "compare digits-split --methods gpm --set gpm.threshold=2": ["threshold=2", "at most 1"],
+    "compare digits-split --grid digits-split.epochs=1,0": ["--grid digits-split.epochs=0: ", "at least 1"],
+    "compare digits-split --set epochs=1 --grid epochs=1,2": ["--set epochs and --grid epochs", "leave one out"],
+    "compare digits-split --set gpm.lr=1 --grid lr=1,2": [
+        "--grid lr has no effect on gpm",
+        "--set gpm.lr comes before",
+    ],
+    "compare digits-split --methods gpm --set gpm.threshold=2": ["--set gpm.threshold=2.0: ", "at most 1"],
+    "compare digits-split --methods gpm --grid gpm.threshold=0.9,1.5": ["--grid gpm.threshold=1.5: ", "at most 1"],
+    "compare digits-split --methods gpm --set epochs=1 --grid threshold=0.9,x": ["--grid threshold=x: 'x' is not"],
+    "compare digits-split --methods gpm --set epochs=0 --grid threshold=0.9": ["--set epochs=0: ", "at least 1"],
     "compare digits-split --jobs 0": ["--jobs 0"],
     "compare digits-split --threads 0": ["--threads 0"],
     "compare digits-split --backend spark": ["'spark'", "local, ray or dask"],
     "compare digits-split --backend dask --address tcp://127.0.0.1:1": ["tcp://127.0.0.1:1", "does not answer"],
     "compare digits-split --address tcp://127.0.0.1:1": ["tcp://127.0.0.1:1", "cluster"],
     "compare digits-split --test anova": ["--test 'anova'", "t or wilcoxon"],
+    "compare digits-split --columns acc,forgeting": ["--columns", "'forgeting'", "did you mean 'forgetting'"],
+    "compare digits-split --columns acc,acc": ["--columns", "'acc' twice"],
+    "compare digits-split --columns ,": ["--columns is empty", "acc, bwt"],
+    "report nowhere --columns train_second": ["--columns", "'train_second'", "did you mean 'train_seconds'"],
     "compare digits-split --name runs --methods naive": ["--name 'runs'"],
     "compare digits-split --name a/b --methods naive": ["--name 'a/b'"],
     "compare --file missing.yaml": ["missing.yaml", "cannot be read"],
@@ -108,6 +121,31 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, command
     for fragment in BAD[command]:
         assert fragment in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_command_there_is_help(tmp_path):
+    result = CliRunner().invoke(app, [], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "error" not in result.output
+    for name, command in typer.main.get_command(app).commands.items():
+        line = command.help.split("\n\n")[0].replace("\n", " ")
+        assert f" {name} " in result.output
+        assert line in result.output
+    asked = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
+    assert (asked.exit_code, asked.output.strip()) == (0, result.output.strip())
+
+
+def test_the_help_of_compare_says_what_holds_without_each_option():
+    found = CliRunner().invoke(app, ["compare", "--help"], env={"COLUMNS": "300"})
+    assert found.exit_code == 0
+    options = [
+        parameter.opts[0]
+        for parameter in typer.main.get_command(app).commands["compare"].params
+        if parameter.opts[0][0] == "-"
+    ]
+    lines = {option: [line for line in found.output.splitlines() if f" {option} " in line] for option in options}
+    assert len(options) > 15
+    assert [option for option, (line, *_) in lines.items() if "[default: " not in line] == []
 
 
 def test_a_bad_archive_is_refused_before_anything_is_written(tmp_path, arrays):
@@ -169,7 +207,7 @@ def test_compare_writes_a_report_and_its_runs_equal_single_ones(tmp_path):
     text = (folder / "digits-split+digits-permuted" / "table.md").read_text()
     assert text.count("| naive | 2 |") == 2
     assert "compare digits-split digits-permuted --methods naive,replay --seeds 0,1 --set epochs=1" in text
-    for file in ("report.html", "table.csv", "table.tex"):
+    for file in ("report.html", "table.csv", "table.tex", "plots/digits-permuted-accuracy-curve.svg"):
         assert (folder / "digits-split+digits-permuted" / file).stat().st_size > 100
     alone = CliRunner().invoke(
         app, ["run", "digits-permuted", "--method", "replay", "--seed", "1", *QUICK, "--out", str(tmp_path / "b")]
@@ -178,6 +216,23 @@ def test_compare_writes_a_report_and_its_runs_equal_single_ones(tmp_path):
     (path,) = (tmp_path / "b").rglob("result.json")
     together = folder / path.relative_to(tmp_path / "b")
     assert json.loads(path.read_text())["accuracy_matrix"] == json.loads(together.read_text())["accuracy_matrix"]
+
+
+def test_columns_can_be_chosen_for_runs_that_are_there(tmp_path):
+    arguments = ("--methods", "naive", "--seeds", "0,1", "--columns", "train_seconds, acc", *QUICK)
+    result = invoke(tmp_path, "compare", "digits-split", *arguments)
+    assert result.exit_code == 0, result.output
+    heading = "| method | seeds | training (s) | ACC (%) |"
+    assert heading in (tmp_path / "results" / "digits-split" / "table.md").read_text()
+    again = invoke(tmp_path, "report", str(tmp_path / "results"), "--columns", "bwt", "--name", "mine")
+    assert again.exit_code == 0, again.output
+    folder = tmp_path / "results" / "mine"
+    assert "| method | seeds | BWT (%) |" in (folder / "table.md").read_text()
+    assert r"method & seeds & BWT (\%) \\" in (folder / "table.tex").read_text()
+    assert "train_seconds" in (folder / "table.csv").read_text()
+    names = ("report.html", "table.md", "table.csv", "table.tex", "plots")
+    assert again.stdout.split() == [str(folder / name) for name in names]
+    assert len(list((folder / "plots").iterdir())) == 5
 
 
 def test_methods_that_do_not_suit_a_protocol_are_left_out_unless_asked_for(tmp_path, monkeypatch):

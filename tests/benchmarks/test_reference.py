@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +14,7 @@ from typer.testing import CliRunner
 from benchmarks import commands, gather, readme, reference, verify
 from benchmarks.cli import app
 from benchmarks.settings import InputError
+from tests.benchmarks.small_runs import await_second_run
 
 
 def result(protocol="digits-permuted", method="naive", seed=0, acc=90.0, bwt=-5.0, **more):
@@ -130,6 +135,15 @@ def test_tables_of_documents_hold_means_and_deviations():
             readme.fill(f"<!-- reference: {wrong} -->\n<!-- end of reference -->", kept)
 
 
+def test_what_earlier_versions_did_not_count_is_told_from_nothing():
+    text = "<!-- reference: digits-permuted -->\n<!-- end of reference -->"
+    kept = [result(), result(method="ewc"), result(method="agem", bytes_held=27_200)]
+    filled = readme.fill(text, kept)
+    assert "| naive | 1 | 90.00 | -5.00 | 1.00 | 1.2 | - |" in filled
+    assert "| ewc | 1 | 90.00 | -5.00 | 1.00 | 1.2 | not counted |" in filled
+    assert "| agem | 1 | 90.00 | -5.00 | 1.00 | 1.2 | 27 |" in filled
+
+
 def test_the_readme_is_up_to_date():
     root = reference.FOLDER.parents[1]
     for name in readme.DOCUMENTS:
@@ -187,6 +201,39 @@ def test_verify_fails_where_a_run_differs(tmp_path, monkeypatch):
     assert found.exit_code == 1
     assert "DIFFERS" in found.stdout
     assert "0 of 1 runs agree" in found.stdout
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_an_interrupted_verify_says_what_is_kept(tmp_path, out):
+    """By Ctrl-C, as the runs go on."""
+    kept, temporary = tmp_path / "kept", tmp_path / "temporary"
+    temporary.mkdir()
+    words = ["verify", "digits-split", "--methods", "naive,gem,logd", *(["--out", str(kept)] if out else [])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", *words],
+        cwd=reference.FOLDER.parents[1],
+        env=os.environ | {"TMPDIR": str(temporary)},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        await_second_run(kept if out else temporary)
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    last = told.splitlines()[-1]
+    if out:
+        assert last == f"interrupted: what has finished is in {kept}; the same command goes on from there"
+        assert list(kept.rglob("result.json"))
+    else:
+        assert last.startswith("interrupted: nothing is kept; with --out DIR ")
+        assert str(temporary) not in last
+        assert not list(temporary.rglob("*.json"))
 
 
 def test_verify_gives_a_file_to_the_protocols_that_take_one():

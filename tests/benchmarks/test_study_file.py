@@ -13,12 +13,15 @@ def test_a_file_says_what_the_options_say(tmp_path, monkeypatch):
     file.write_text(
         "protocols: [digits-split]\nmethods: [naive, gpm]\nseeds: [0, 1]\n"
         "set: {epochs: 1, train_limit: 40, n_experiences: 2, n_samples: 20}\n"
-        "grid:\n  gpm.threshold: [0.9, [0.9, 0.95]]\n"
+        "grid:\n  gpm.threshold: [0.9, [0.9, 0.95]]\ncolumns: [forgetting, acc]\n"
     )
     compare(tmp_path, "--file", str(file))
     assert len(done) == 6
     text = (tmp_path / "results" / "study" / "table.md").read_text()
     assert "--grid 'gpm.threshold=0.9;0.9,0.95;'" in text
+    assert "| method | seeds | forgetting (%) | ACC (%) |" in text
+    compare(tmp_path, "--file", str(file), "--columns", "bwt")
+    assert "| method | seeds | BWT (%) |" in (tmp_path / "results" / "study" / "table.md").read_text()
     compare(
         tmp_path, "digits-split", "--methods", "naive,gpm", "--seeds", "0,1", *QUICK, "--set", "n_samples=20",
         "--grid", "gpm.threshold=0.9;0.9,0.95",
@@ -47,9 +50,39 @@ BAD_FILES = {
     "protocols: [digits-split]\nseeds: [zero]": ["seeds", "list of int"],
     "protocols: [digits-split]\ngrid: {gpm.threshold: 0.9}": ["gpm.threshold", "a list of values"],
     "protocols: [digits-split]\nset: [epochs]": ["set", "key: value"],
+    "protocols: [digits-split]\ncolumns: [acc, 3]": ["columns", "list of str"],
+    "protocols: [digits-split]\ncolumns: [acc, bwd]": ["study.yaml: columns: unknown column 'bwd'", "'bwt'"],
     "protocols: [digits-split]\njobs: two": ["jobs", "a number"],
+    "protocols: [digits-split]\njobs: 0": ["error: study.yaml: jobs 0: expected at least 1"],
+    "protocols: [digits-split]\ntest: anova": ["error: study.yaml: test 'anova': expected"],
+    "protocols: [digits-split]\nset: {epochs: 0}": ["error: study.yaml: set epochs=0: expected at least 1"],
+    "protocols: [digits-split]\nmethods: [gpm]\ngrid: {gpm.threshold: [0.9, 1.5]}": [
+        "error: study.yaml: grid gpm.threshold=1.5: expected at most 1"
+    ],
+    "protocols: [digits-split]\nset: {lr: 1}\ngrid: {lr: [1, 2]}": [
+        "error: study.yaml: set lr and grid lr of study.yaml are both given"
+    ],
+    "protocols: [digits-split]\nset: {gpm.lr: 1}\ngrid: {lr: [1, 2]}": ["set gpm.lr of study.yaml comes before"],
     "methods: [naive]": ["no protocol"],
 }
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--set", "epochs=0"], "error: --set epochs=0: expected at least 1"),
+        (["--grid", "lr=0,1"], "error: --grid lr=0"),
+        (["--jobs", "0"], "error: --jobs 0: expected at least 1"),
+        (["--set", "epochs=1"], "error: study.yaml: grid gpm.threshold=1.5: expected at most 1"),
+    ],
+)
+def test_errors_name_the_option_where_it_comes_before_the_file(tmp_path, options, expected):
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "protocols: [digits-split]\nmethods: [naive, gpm]\njobs: 1\nset: {epochs: 2}\ngrid: {gpm.threshold: [1.5]}\n"
+    )
+    result = compare(tmp_path, "--file", str(file), *options, code=2)
+    assert result.stderr.startswith(expected)
 
 
 @pytest.mark.parametrize("text", BAD_FILES)

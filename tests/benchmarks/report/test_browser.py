@@ -17,6 +17,9 @@ from typing import Any
 import pytest
 
 from benchmarks.report.html import page
+from benchmarks.report.page_style import CSS
+from benchmarks.report.plot_files import plot_files
+from benchmarks.report.plots import draw
 from tests.benchmarks.report.examples import large, small
 
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -196,3 +199,39 @@ def test_the_page_in_grey_is_still_a_page(many: str, tmp_path: Path) -> None:
         assert (levels[top : top + 500] < 128).mean() > 0.003
     # Heat maps keep several shades without colour.
     assert len(numpy.unique(levels)) > 40
+
+
+@pytest.mark.parametrize("kind", ["seen", "matrix"])
+def test_a_plot_alone_is_drawn_as_on_the_page(kind: str, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    numpy = pytest.importorskip("numpy")
+    plots = [plot for plot in draw(large(methods=6))["digits-split"] if plot.kind == kind][:1]
+    (text,) = plot_files({"digits-split": plots}).values()
+    begin = '<!DOCTYPE html><meta charset="utf-8">'
+    contents = {
+        "file.svg": text,
+        "file.html": f'{begin}<body style="margin: 0">{text[text.index("<svg") :]}',
+        "page.html": f'{begin}<style>{CSS}</style><body style="margin: 0; padding: 0">{plots[0].svg}',
+    }
+    shots = {}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        shot = tmp_path / f"{name}.png"
+        _, log = browse(tmp_path, (tmp_path / name).as_uri(), f"--screenshot={shot}", width=700, height=500)
+        assert not re.findall(r".*CONSOLE.*", log)
+        shots[name] = numpy.asarray(image.open(shot).convert("L")).astype(int)
+    # What the page's style sheet says is in the file itself.
+    assert (shots["file.html"] == shots["page.html"]).all()
+    width, height = (int(float(side) * 4 / 3) for side in re.findall(r'(?:width|height)="([\d.]+)pt"', text)[:2])
+    assert width < 700
+    assert height < 500
+    alone = shots["file.svg"]
+    drawn = alone[:height, :width]
+    # White around, ink within, several shades without colour, and nothing outside the frame.
+    assert (drawn > 245).mean() > (0.1 if kind == "matrix" else 0.6)
+    assert (drawn < 100).mean() > 0.01
+    assert len(numpy.unique(drawn)) > 30
+    assert (drawn[:3] > 245).all()
+    assert (drawn[:, :3] > 245).all()
+    assert (alone[height + 1 :] == 255).all()
+    assert (alone[:, width + 1 :] == 255).all()

@@ -111,10 +111,11 @@ def test_latex_is_whole() -> None:
 def test_files_are_the_same_twice(tmp_path: Path, test: str) -> None:
     first = write(tmp_path / "a", small(), test=test)  # type: ignore[arg-type]
     second = write(tmp_path / "b" / "c", small(), test=test)  # type: ignore[arg-type]
-    assert [path.name for path in first] == ["report.html", "table.md", "table.csv", "table.tex"]
+    assert [path.name for path in first[:4]] == ["report.html", "table.md", "table.csv", "table.tex"]
+    assert {path.parent for path in first[4:]} == {tmp_path / "a" / "plots"}
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(path.name for path in first)
+    assert sorted(path for path in (tmp_path / "a").rglob("*") if path.is_file()) == sorted(first)
 
 
 @pytest.mark.parametrize(
