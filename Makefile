@@ -1,16 +1,28 @@
 # `make test` and `make compare` make what they need; PYTHON chooses the interpreter (3.10 to 3.13).
 PYTHON ?= python3
 BIN := .venv/bin
+# Comparing needs a part of what testing needs; a file for each says what .venv has.
+COMPARING := .venv/comparing
 INSTALLED := .venv/installed
 
+define install
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[$(1)]'
+endef
+
+# Both make the same .venv.
+.NOTPARALLEL:
 .PHONY: venv test lint unit compare docs clean
 
 venv: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(call install,test)
+	touch $@ $(COMPARING)
+
+$(COMPARING): pyproject.toml
+	$(call install,benchmarks)
 	touch $@
 
 test: lint unit
@@ -23,7 +35,7 @@ lint: venv
 unit: venv
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-compare: venv
+compare: $(COMPARING)
 	$(BIN)/python -m benchmarks compare digits-split digits-permuted
 
 docs: venv

@@ -1,4 +1,7 @@
-"""Pages that are made when the site is built: the protocols from their records, and CONTRIBUTING.md."""
+"""Pages that are made when the site is built: the protocols from their records, and CONTRIBUTING.md.
+
+Links to them lead, in the sources, to what they are made of, so that they work where the repository is read as it is.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+#: What a page in docs/ links to, and the page of the site that is made of it.
+GENERATED = {"../CONTRIBUTING.md": "contributing.md", "../benchmarks/protocols.py": "protocols.md"}
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -16,6 +21,14 @@ def on_files(files: Any, config: Any) -> Any:
     files.append(File.generated(config, "protocols.md", content=protocols_page()))
     files.append(File.generated(config, "contributing.md", content=contributing_page()))
     return files
+
+
+def on_page_markdown(markdown: str, **given: Any) -> str:
+    """Let links lead to the generated pages; called by MkDocs."""
+    del given
+    for source, page in GENERATED.items():
+        markdown = markdown.replace(f"]({source}", f"]({page}")
+    return markdown
 
 
 def on_page_content(html: str, **given: Any) -> str:
@@ -40,7 +53,7 @@ def protocols_page() -> str:
         "# Protocols",
         "What `python -m benchmarks run` and `compare` can run: stream, network, schedule, and for each method its "
         "hyper-parameters, with the source of each figure. Everything in a table of settings can be changed with "
-        "`--set key=value`. `python -m benchmarks list NAME` shows figures and sources in a terminal.",
+        "`--set key=value`, what is fixed cannot. `python -m benchmarks list NAME` shows the same in a terminal.",
         _table(("protocol", "what"), [(f"[{p.name}](#{p.name})", p.summary) for p in PROTOCOLS.values()]),
     ]
     for protocol in PROTOCOLS.values():
@@ -49,15 +62,9 @@ def protocols_page() -> str:
 
 
 def _section(protocol: Any) -> list[str]:
+    from benchmarks.fixed import figures
     from benchmarks.settings import values
 
-    fixed = {
-        "images": protocol.source,
-        "split": protocol.split,
-        "network": protocol.model,
-        "optimizer": protocol.optimizer,
-        "task labels": "yes" if protocol.task_labels else "no",
-    }
     settings = [(f"`{key}`", _plain(value)) for key, value in values(protocol).items()]
     methods = [
         (name, "<br>".join(f"`{key}={_plain(value)}`" for key, value in chosen.items()))
@@ -67,7 +74,7 @@ def _section(protocol: Any) -> list[str]:
     parts = [
         f"## {protocol.name}",
         protocol.summary[:1].upper() + protocol.summary[1:] + ".",
-        _table(("fixed", "value"), list(fixed.items())),
+        _table(("fixed", "value"), list(figures(protocol).items())),
         _table(("setting", "value"), settings),
         _table(("method", "settings"), methods),
     ]

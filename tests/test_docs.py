@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import os
 import re
@@ -20,18 +21,19 @@ import typer
 
 from benchmarks import plan
 from benchmarks.cli import app
+from benchmarks.fixed import figures
 from benchmarks.methods import METHODS
 from benchmarks.protocols import PROTOCOLS
 from benchmarks.request import make_request
 from benchmarks.study_file import read_file
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "l2_anchor"
+EXAMPLES = [ROOT / "examples" / name for name in ("l2_anchor", "mean_gradient")]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 #: Languages of blocks; only `python` is run.
 LANGUAGES = {"", "bash", "python", "text", "toml", "yaml"}
 #: Methods that the pages give as examples of somebody else's.
-OTHERS = {"mine", "l2-anchor"}
+OTHERS = {"mine", "l2-anchor", "mean-gradient"}
 
 
 def name_of(page: Path) -> str:
@@ -72,7 +74,8 @@ WITH_PYTHON = [page for page in PAGES if any(language == "python" for language, 
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """From the first to the last, in one namespace; some network and seconds are saved by the stand-in above."""
     monkeypatch.setattr("avalanche.benchmarks.SplitMNIST", split_mnist)
-    monkeypatch.syspath_prepend(EXAMPLE / "src")
+    for example in EXAMPLES:
+        monkeypatch.syspath_prepend(example / "src")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": "page"}
@@ -143,10 +146,50 @@ def test_commands_are_found():
     ]
 
 
-def test_contributing_shows_the_example_as_it_is():
+def test_contributing_shows_the_examples_as_they_are():
     shown = {text for _, _, text in blocks(ROOT / "CONTRIBUTING.md")}
-    for file in ("src/l2_anchor.py", "tests/test_l2_anchor.py", "pyproject.toml"):
-        assert (EXAMPLE / file).read_text(encoding="utf-8") in shown, f"{file} has changed: copy it"
+    projects = []
+    for example in EXAMPLES:
+        name = example.name
+        for file in (f"src/{name}.py", f"tests/test_{name}.py"):
+            assert (example / file).read_text(encoding="utf-8") in shown, f"{file} has changed: copy it"
+        projects.append((example / "pyproject.toml").read_text(encoding="utf-8"))
+    assert projects[0] in shown, "pyproject.toml has changed: copy it"
+    renamed = projects[0].replace("l2-anchor", "mean-gradient").replace("l2_anchor", "mean_gradient")
+    assert projects[1] == renamed, "that of the second has other names alone, so it says"
+
+
+def links(page: Path) -> list[str]:
+    """Where the links of a page lead to; what stands in code is none."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    text = re.sub(r"`[^`]*`", "", text)
+    return re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r"^\[[^\]]+\]:\s*(\S+)", text, flags=re.M)
+
+
+def places(page: Path) -> set[str]:
+    """What `#` can name in a page: its headings, as code hosts and the site write them."""
+    outside = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ +(.*)$", outside, flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere_in_the_repository():
+    """Also where nothing is built: pages that the site alone has are named by what they are made of."""
+    relative, broken = 0, []
+    for page in PAGES:
+        for link in links(page):
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            relative += 1
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            inside = target.exists() and target.is_relative_to(ROOT)
+            # Anchors of the reference are of docstrings, and there on the site alone.
+            anchored = parts.fragment and target.suffix == ".md" and target.parent.name != "api"
+            if not inside or (anchored and parts.fragment not in places(target)):
+                broken.append(f"{name_of(page)}: {link}")
+    assert relative > 30
+    assert not broken
 
 
 @pytest.mark.parametrize("method", ["gpm", "ogd", "logd", "kfac", "xkfac", "halrp"])
@@ -213,6 +256,9 @@ def test_the_site_has_no_broken_links_and_loads_nothing_from_elsewhere(site):
 def test_the_site_shows_what_is_generated(site):
     protocols = Links(site / "protocols.html").places
     assert set(PROTOCOLS) <= protocols
+    text = html.unescape((site / "protocols.html").read_text(encoding="utf-8"))
+    for protocol in PROTOCOLS.values():
+        assert all(f"<td>{value}</td>" in text for value in figures(protocol).values()), protocol.name
     assert "avalanche_gradproj.plugins.gpm.GPMPlugin" in Links(site / "api" / "plugins.html").places
     assert "what-a-contribution-shows" in Links(site / "contributing.html").places
     assert not (site / "hooks.py").exists()
