@@ -24,21 +24,37 @@ Run = Callable[[], Any]
 def without_zeros(model: nn.Module) -> Iterator[None]:
     """Let parameters that are zero throughout have values drawn at random while the context lasts.
 
+    Others take their places in their modules; they themselves are not written into. Parameters that are no plain
+    tensors of real numbers (sparse, complex, without storage) stay as they are.
+
     Args:
         model: what is behind such a parameter shows in its output then.
     """
-    zeros = [p for p in model.parameters() if p.is_floating_point() and p.numel() and not bool(p.any())]
     generator = torch.Generator().manual_seed(1)
-    try:
-        with torch.no_grad():
-            for parameter in zeros:
+    drawn: dict[int, nn.Parameter] = {}
+    places: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not _plain(parameter) or bool(parameter.detach().any()):
+                continue
+            if id(parameter) not in drawn:
                 width = parameter[0].numel() if parameter.dim() > 1 else 1
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / width**0.5)
+                # Positive and small: what a gate of the form 1 + p lets through, it still does.
+                values = (torch.rand(parameter.shape, generator=generator) + 0.5) * (0.5 / width**0.5)
+                drawn[id(parameter)] = nn.Parameter(values.to(parameter), requires_grad=parameter.requires_grad)
+            places.append((module._parameters, name, parameter))
+    try:
+        for parameters, name, parameter in places:
+            parameters[name] = drawn[id(parameter)]
         yield
     finally:
-        with torch.no_grad():
-            for parameter in zeros:
-                parameter.zero_()
+        for parameters, name, parameter in places:
+            parameters[name] = parameter
+
+
+def _plain(parameter: nn.Parameter) -> bool:
+    dense = parameter.layout is torch.strided and parameter.device.type != "meta"
+    return dense and parameter.is_floating_point() and parameter.element_size() > 1 and parameter.numel() > 0
 
 
 def not_what_was_given(
@@ -60,8 +76,9 @@ def not_what_was_given(
 
     def content(x: Tensor) -> tuple[int, Tensor]:
         """The same for whatever holds the same numbers, in any order."""
-        wide = x.detach().flatten().double() if x.device.type != "mps" else x.detach().flatten()
-        return x.numel(), torch.stack([wide.abs().sum(), wide.square().sum()])
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        norms = [torch.linalg.vector_norm(x.detach(), order, dtype=wide) for order in (1, 2, 4)]
+        return x.numel(), torch.stack(norms)
 
     def layer_hook(name: str) -> Callable[..., None]:
         return lambda module, args, output: given.update({name: content(output)})

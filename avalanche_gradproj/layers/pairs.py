@@ -45,9 +45,9 @@ def find_pairs(
 
     A BatchNorm belongs to a layer if it gets the very tensor that the layer returned, once in a forward pass. The check
     gives every BatchNorm a scale and a shift drawn at random, and applies them at the layer instead: the outputs must
-    be the same. They are not where something else uses the layer's output too. Parameters that are zero throughout (a
-    head that has learned nothing yet, the last scale of a residual branch) get other values for the check, which would
-    see nothing behind them.
+    be the same. They are not where something else uses the layer's output too. That is done twice: parameters that are
+    zero throughout (a head that has learned nothing yet, the last scale of a residual branch) hide what is behind them,
+    and have other values the second time.
 
     Args:
         model: left as it was; runs in evaluation mode.
@@ -80,11 +80,13 @@ def find_pairs(
         if norms[name].num_features != outputs:
             unpaired[name] = f"it has {norms[name].num_features} channels and layer {layer!r} {outputs} outputs"
             del found[name]
-    with undisturbed(model), without_zeros(model):
+    with undisturbed(model):
         altered = {} if given is None else not_what_was_given(found, by_name, norms, run)
         unpaired |= altered
         found = {name: layer for name, layer in found.items() if name not in altered}
         wrong = not_mergeable(found, by_name, norms, run)
+        with without_zeros(model):
+            wrong = list(dict.fromkeys([*wrong, *not_mergeable(found, by_name, norms, run)]))
     for name in wrong:
         unpaired[name] = (
             f"merging it into layer {found.pop(name)!r} changes the network's output: that layer's output is used "

@@ -96,7 +96,7 @@ def penalty_of(
         forms: each of an own centre.
         samples: N by which the sum is divided, since the loss is a mean over that many samples.
         damping: added to every eigenvalue of a sample's curvature.
-        refresh_every: calls for which value and gradient are kept.
+        refresh_every: calls for which parts of the products may be kept (`linalg.kept`).
         tensors: how the tensors of a unit are had at each step.
 
     Raises:
@@ -113,7 +113,7 @@ def penalty_of(
                 terms = [term.scaled(factor, 0.0 if index else own_damping) for index, term in enumerate(layer.terms)]
                 own.append(Form(terms, layer.centre))
         if own and any(parameter.requires_grad for parameter in unit.parameters):
-            matrices.append(MatrixSite(tensors(unit), own))
+            matrices.append(MatrixSite(tensors(unit), own, refresh_every))
     diagonal = _diagonal(coverage, forms, samples, damping)
     return QuadraticPenalty(matrices, diagonal, refresh_every) if matrices or diagonal is not None else None
 

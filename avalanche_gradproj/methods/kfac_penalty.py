@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from avalanche_gradproj.layers.unit import Unit
+from avalanche_gradproj.linalg.kept import KeptForm
 from avalanche_gradproj.linalg.kronecker import KroneckerTerm, quadratic
 
 
@@ -44,11 +45,14 @@ class MatrixSite:
         tensors: gives the tensors that make up the matrix: the weight, [blocks * out, ...], and possibly the bias
             [blocks * out]. They may be parameters or differentiable functions of some.
         forms: the forms on it, each with as many blocks and columns.
+        refresh_every: see `linalg.kept.KeptForm`; 1 forms all products each time.
     """
 
     tensors: Callable[[], tuple[Tensor, ...]]
     forms: Sequence[Form]
+    refresh_every: int = 1
     _buffers: list[Tensor] = field(default_factory=list, init=False)
+    _kept: list[KeptForm] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         squeezed = []
@@ -58,17 +62,23 @@ class MatrixSite:
             squeezed.append(Form([term.squeezed() for term in form.terms], centre))
         self.forms = squeezed
         self._buffers = [torch.empty_like(form.centre) for form in squeezed]
+        if self.refresh_every > 1:
+            self._kept = [KeptForm(form.terms, self.refresh_every) for form in squeezed]
 
-    def evaluate(self, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def evaluate(self, tensors: Sequence[Tensor], *, refresh: bool = True) -> tuple[Tensor, list[Tensor]]:
         """Return the value, and the gradient of each tensor.
 
         Args:
             tensors: what `tensors()` gave.
+            refresh: form all products, where some may be kept.
         """
         value, sums = None, None
-        for form, buffer in zip(self.forms, self._buffers, strict=True):
+        for index, (form, buffer) in enumerate(zip(self.forms, self._buffers, strict=True)):
             _subtract(tensors, form.centre, buffer)
-            own, gradient = quadratic(form.terms, buffer)
+            if self._kept:
+                own, gradient = self._kept[index].quadratic(buffer, refresh=refresh)
+            else:
+                own, gradient = quadratic(form.terms, buffer)
             value = own if value is None else value + own
             sums = gradient if sums is None else _add(sums, gradient)
         if value is None or sums is None:
@@ -138,14 +148,11 @@ class DiagonalSite:
 class QuadraticPenalty:
     """The sum of all sites as a differentiable scalar.
 
-    With `refresh_every=k` the products are formed in the first of every k calls, and value and gradient by the sites'
-    tensors kept for the others: weights move little in a few steps, and one step in k pays. Kept are as many numbers as
-    the tensors have.
-
     Args:
         matrices: sites of matrices.
         diagonal: site of the other parameters, if there are any.
-        refresh_every: k, at least 1.
+        refresh_every: k: sites that keep a part of their products form all of them in calls 0, 1, 2, 4, 8, ... up to k
+            (the first one is at the centre, where there is nothing to keep), then in every k-th.
     """
 
     def __init__(
@@ -153,12 +160,6 @@ class QuadraticPenalty:
     ) -> None:
         self._matrices, self._diagonal = list(matrices), diagonal
         self._refresh_every, self._calls = refresh_every, 0
-        self._kept: tuple[Tensor, list[Tensor]] | None = None
-
-    @property
-    def keeps(self) -> bool:
-        """Whether value and gradient serve for several calls."""
-        return self._refresh_every > 1
 
     def value(self) -> Tensor:
         """Return the penalty at the present weights: a scalar, to be added to a loss.
@@ -171,14 +172,6 @@ class QuadraticPenalty:
         result: Tensor = _Fused.apply(self, [len(group) for group in groups], *flat, *others)
         return result
 
-    def due(self, counts: Sequence[int], tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Return value and gradients for one more call: those kept, or new ones."""
-        kept, self._calls = self._kept, self._calls + 1
-        if kept is None or (self._calls - 1) % self._refresh_every == 0:
-            kept = self.evaluate(counts, tensors)
-            self._kept = kept if self.keeps else None
-        return kept
-
     def evaluate(self, counts: Sequence[int], tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the value and the gradient of every tensor, in the order of `value`."""
         device = tensors[0].device.type
@@ -186,8 +179,10 @@ class QuadraticPenalty:
             with torch.autocast(device, enabled=False):
                 return self.evaluate(counts, tensors)
         value, gradients, begin = None, [], 0
+        calls, self._calls = self._calls, self._calls + 1
+        refresh = calls % self._refresh_every == 0 or (calls < self._refresh_every and calls & (calls - 1) == 0)
         for site, count in zip(self._matrices, counts, strict=True):
-            own, found = site.evaluate(tensors[begin : begin + count])
+            own, found = site.evaluate(tensors[begin : begin + count], refresh=refresh)
             value = own if value is None else value + own.to(value.device)
             gradients += found
             begin += count
@@ -222,9 +217,9 @@ class TrainingExperience:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, penalty: QuadraticPenalty, counts: Sequence[int], *tensors: Tensor) -> Tensor:
-        value, gradients = penalty.due(counts, tensors)
+        value, gradients = penalty.evaluate(counts, tensors)
         ctx.gradients = gradients
-        return value.clone() if penalty.keeps else value  # what is kept must be no output of one call's graph
+        return value
 
     @staticmethod
     @once_differentiable

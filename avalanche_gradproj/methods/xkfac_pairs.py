@@ -130,16 +130,11 @@ class BatchNormPlan:
         return replace(coverage, frozen=[name for name in coverage.frozen if name not in held])
 
     def by_batch(self, units: Iterable[Unit], model: nn.Module) -> list[_BatchNorm]:
-        """Return the BatchNorms that normalise by the mini-batch in training, and keep statistics.
-
-        Where the model is in training mode and one of them is not, whoever trains holds it: it is a fixed map.
-        """
-        norms: Iterable[_BatchNorm] = ()
+        """Return the BatchNorms that go on normalising by the mini-batch, and keep statistics."""
         if self._batchnorm == "merge":
-            norms = [unit.norm for unit in merged_units(units)]
-        elif self._batchnorm == "track":
-            norms = [norm for norm in batch_norms(model).values() if norm.running_mean is not None]
-        return [norm for norm in norms if norm.training or not model.training]
+            return [unit.norm for unit in merged_units(units)]
+        norms = batch_norms(model).values() if self._batchnorm == "track" else ()
+        return [norm for norm in norms if norm.running_mean is not None]
 
     def held_norms(self, model: nn.Module) -> list[_BatchNorm]:
         """Return the BatchNorms that are held."""

@@ -153,7 +153,7 @@ class InMemoryDataPlugin(SupervisedPlugin, supports_distributed=True):  # type: 
     random ones, which would be frozen, are refused with `DataError`. Transforms that draw from a generator
     of their own are found out by reading a few samples twice. Where nothing is transformed, data that are a
     `TensorDataset` or have a method `as_tensors() -> tuple[Tensor, ...]` (row i of each is a field of
-    sample i) are taken at once. This package's passes after an experience take what is held.
+    sample i) are taken at once; this package's passes after an experience then take them too.
 
     Memory: the training set of the current experience until the next begins, and every evaluation set that
     has been used (a set that is both is held once), each with all fields at their final size. `max_bytes`

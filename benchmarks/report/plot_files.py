@@ -81,7 +81,10 @@ def _is_ours(path: Path) -> bool:
     """Tell whether a report wrote a file, under this name and with just this content."""
     if path.is_symlink() or not path.is_file():
         return False
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError:  # somebody else's, who keeps it to themselves
+        return False
     found = _MARK.search(content)
     return found is not None and found[1].decode() == _digest(path.name, content[: found.start()])
 

@@ -174,7 +174,7 @@ def test_verify_sees_other_settings():
         ({"lr": 0.1, "strength": 2.0}, {"lr": 0.1, "strength": 2.0}, True),
         ({"lr": 0.1, "strength": 2.0, "refresh_every": 1}, {"lr": 0.1, "strength": 2.0}, True),  # came later
         ({"lr": 0.1, "strength": 2.0, "refresh_every": 4}, {"lr": 0.1, "strength": 2.0}, False),
-        ({"lr": 0.1, "strength": 1.0}, {"lr": 0.1}, True),
+        ({"lr": 0.1, "strength": 1.0}, {"lr": 0.1}, False),
         ({"lr": 0.1, "strength": 1.0}, {"lr": 0.1, "strength": 2.0}, False),
         ({"lr": 0.1, "epochs": 1}, {"lr": 0.1}, False),  # of the protocol, not of the method
         ({"lr": 0.1}, {"lr": 0.1, "gone": 1}, False),

@@ -51,32 +51,6 @@ def test_which_layers_have_terms_across_samples():
     assert counts(exclude=["4"]) == ({"0": 1, "3": 1, "6": 1}, [])
 
 
-def test_a_batch_norm_that_the_user_holds_is_a_fixed_map_in_the_pass_too():
-    start = network()
-
-    def terms(hold, training=True):
-        model = copy.deepcopy(start).train(training)
-        xkfac = ExtendedKroneckerLaplace(reparameterise=False)
-        if hold:
-            model[4].eval()
-        xkfac.consolidate(model, batches())
-        return {name: layer.terms for name, layer in xkfac._memory.forms[0].layers.items()}
-
-    held, plain = terms(True), terms(False)
-    assert {name: len(own) for name, own in held.items()} == {"0": 1, "3": 1, "6": 1}
-    assert {name: len(own) for name, own in plain.items()} == {"0": 2, "3": 1, "6": 1}
-    # The running statistics of the second one are mean 0 and variance 1: what enters it is what layer 6 nearly sees.
-    model, rows = start.train(), []
-    with torch.no_grad():
-        for x, _ in batches():
-            h = torch.tanh(model[:4](x) / (1 + model[4].eps) ** 0.5)
-            rows.append(torch.cat([h, torch.ones(len(x), 1)], dim=1))
-    rows = torch.cat(rows)
-    torch.testing.assert_close(held["6"][0].right.whole()[0], rows.T @ rows / N)
-    # In evaluation mode nothing is known of how training was.
-    assert len(terms(True, training=False)["0"]) == 2
-
-
 class Activated(nn.Module):
     """A BatchNorm behind an activation, and one without statistics."""
 
