@@ -47,7 +47,7 @@ class XKFACPlugin(PenaltyPlugin):
         unpaired: what happens to a BatchNorm that stands behind no layer: `"raise"`, or `"freeze"` from the second
             experience on.
         truncate: as for K-FAC Laplace.
-        refresh_every: as for K-FAC Laplace; it is the gradient by merged matrices that is kept.
+        refresh_every: as for K-FAC Laplace; what is kept is of the gradient by merged matrices.
         include: shell-style patterns of layer names to cover; default all but heads of one task.
         exclude: patterns of layers or parameters to leave alone; excluded BatchNorms are not merged.
         seed: of the generator that draws samples and labels; the global random state is never touched.
