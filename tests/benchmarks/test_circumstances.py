@@ -158,7 +158,7 @@ def test_a_failed_run_leaves_the_verdicts_of_the_others(tmp_path, monkeypatch):
     (own,) = reference.choose(reference.read(), ["digits-split"], ["naive"], [0])
     outcome = comparison.Outcome(done=[(None, own)], failures=[("digits-split ewc seed 0", "boom")])
     planned = plan.Plan((None, None), {}, 1)
-    monkeypatch.setattr(cli, "carry_out", lambda *rest: (outcome, planned))
+    monkeypatch.setattr(cli, "carry_out", lambda *rest, **options: (outcome, planned))
     assert "1 of" in call("verify", "digits-split", "--methods", "naive,ewc", "--out", tmp_path).stdout
 
 
