@@ -33,7 +33,7 @@ lint: venv
 	$(BIN)/mypy
 
 unit: venv
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 compare: $(COMPARING)
 	$(BIN)/python -m benchmarks compare digits-split digits-permuted

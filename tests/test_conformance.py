@@ -6,7 +6,6 @@ import ast
 import inspect
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from avalanche_gradproj.errors import ConfigurationError
 from avalanche_gradproj.testing import CHECKS, MethodCase, conformance
+from tests.processes import run_to_end
 
 SOURCE = Path(__file__).parents[1] / "examples" / "l2_anchor" / "src"
 
@@ -96,9 +96,7 @@ def outcomes(tmp_path_factory) -> dict[tuple[str, str], str]:
     command = [sys.executable, "-m", "pytest", "-rA", "--tb=line", "-p", "no:cacheprovider", "test_mine.py"]
     environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
+    done = run_to_end(command, cwd=folder, env=environment)
     # Skipped tests are listed by their place; those that pass or fail by their names.
     found = re.findall(r"^(PASSED|FAILED) test_mine.py::test_(?:good|broken|bare)\[(\w+)-(\w+)\]", done.stdout, re.M)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]

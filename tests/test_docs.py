@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections import defaultdict
 from html.parser import HTMLParser
@@ -26,6 +25,7 @@ from benchmarks.methods import METHODS
 from benchmarks.protocols import PROTOCOLS
 from benchmarks.request import make_request
 from benchmarks.study_file import read_file
+from tests.processes import run_to_end
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [ROOT / "examples" / name for name in ("l2_anchor", "mean_gradient")]
@@ -207,7 +207,7 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = run_to_end(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

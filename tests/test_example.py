@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from benchmarks.cli import app
 from benchmarks.jobs import make_job
 from benchmarks.run import run
 from benchmarks.sources import read_digits
+from tests.processes import run_to_end
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 #: A folder for each, and the name of its method.
@@ -37,7 +37,8 @@ def site(tmp_path_factory) -> Path:
     offline = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
     sources = [str(copy / example) for example in METHODS]
     command = [sys.executable, "-m", "pip", "install", *offline, "--target", str(folder / "site"), *sources]
-    subprocess.run(command, check=True, timeout=300)
+    done = run_to_end(command)
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder / "site"
 
 
@@ -76,9 +77,7 @@ def test_the_example_passes_its_own_tests(tmp_path, example):
     folder = EXAMPLES / example
     environment = os.environ | {"PYTHONPATH": str(folder / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "tests")]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
+    done = run_to_end(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout[-3000:]
     assert OUTCOMES[example] in done.stdout
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_to_end
 
 PACKAGE = Path(__file__).parents[1] / "avalanche_gradproj"
 
@@ -109,4 +110,5 @@ assert halrp.tasks == [0, 1] and 0 < halrp.growth <= 4
 assert laplace.experiences == 2 and laplace.bytes_held > 0
 assert gpm.experiences == 2 and gpm.bases[''][0].shape[0] == 5
 """
-    subprocess.run([sys.executable, "-c", f"PACKAGE = {str(PACKAGE)!r}\n{code}"], check=True, timeout=120)
+    done = run_to_end([sys.executable, "-c", f"PACKAGE = {str(PACKAGE)!r}\n{code}"])
+    assert done.returncode == 0, done.stderr

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_to_end
 
 ROOT = Path(__file__).parents[1]
 #: Asks make what it would do.
@@ -25,9 +26,8 @@ def checkout(tmp_path) -> Path:
 
 def commands(checkout: Path, *targets: str) -> list[str]:
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "PYTHON")}
-    done = subprocess.run(
-        ["make", "-n", *targets], cwd=checkout, env=environment, capture_output=True, text=True, check=True
-    )
+    done = run_to_end(["make", "-n", *targets], cwd=checkout, env=environment)
+    assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 

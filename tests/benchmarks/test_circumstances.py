@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import io
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -33,6 +32,7 @@ from benchmarks.run import run
 from benchmarks.settings import InputError
 from benchmarks.sources import read_digits
 from benchmarks.trace import Session
+from tests.processes import run_to_end
 
 CPU = torch.device("cpu")
 SHORT = {"epochs": "1", "train_limit": "40", "n_experiences": "2"}
@@ -248,7 +248,7 @@ def test_comparisons_that_start_at_once_do_not_trip_over_the_probe(tmp_path, mon
 
 def test_without_fcntl_there_is_no_lock_but_a_run():
     code = "import sys; sys.modules['fcntl'] = None; import benchmarks.runner"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+    assert run_to_end([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 def test_a_checkpoint_that_cannot_be_stored_costs_no_run(tmp_path, monkeypatch):

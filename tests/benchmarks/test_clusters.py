@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -29,9 +28,10 @@ from tests.benchmarks.small_runs import (
     starts,
     work,
 )
+from tests.processes import run_to_end
 
-# One process for all, since a cluster takes a while to start; one that is silent fails a test instead of holding it.
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(300)]
+# In one process, one after the other (see tests/conftest.py): a cluster takes a while to start.
+pytestmark = pytest.mark.cluster
 
 STORE = 80 * 2**20
 
@@ -215,9 +215,7 @@ def test_an_address_of_something_else(silent, backend):
         "from benchmarks import backends\nbackends.PATIENCE = 1.5\n"
         f"backends.check(backends.Options({backend!r}, address={address!r}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run_to_end([sys.executable, "-c", code], limit=120, cwd=ROOT)
     assert f"InputError: the {'Ray cluster' if backend == 'ray' else 'Dask scheduler'} at {address!r}" in done.stderr
     assert "does not answer" in done.stderr
 

@@ -19,6 +19,7 @@ from benchmarks.jobs import make_job
 from benchmarks.methods import METHODS, find_method
 from benchmarks.protocols import resolve
 from benchmarks.settings import InputError, settable, values
+from tests.processes import run_to_end
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -240,8 +241,7 @@ def test_the_command_line_knows_them(installed, tmp_path):
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "benchmarks", *words]
-        settings = {"cwd": ROOT, "env": environment, "timeout": 300}
-        return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+        return run_to_end(command, cwd=ROOT, env=environment)
 
     listing = call("list")
     assert listing.returncode == 0, listing.stderr

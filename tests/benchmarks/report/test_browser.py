@@ -6,7 +6,6 @@ import html
 import json
 import re
 import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from benchmarks.report.page_style import CSS
 from benchmarks.report.plot_files import plot_files
 from benchmarks.report.plots import draw
 from tests.benchmarks.report.examples import large, small
+from tests.processes import run_to_end
 
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -112,7 +112,7 @@ def browse(folder: Path, address: str, *arguments: str, width: int = 1280, heigh
         "--disable-component-update --disable-sync --hide-scrollbars --force-device-scale-factor=1 "
         "--no-proxy-server --virtual-time-budget=4000 --enable-logging=stderr"
     )
-    done = subprocess.run(
+    done = run_to_end(
         [
             str(_BROWSER),
             *quiet.split(),
@@ -121,10 +121,7 @@ def browse(folder: Path, address: str, *arguments: str, width: int = 1280, heigh
             *arguments,
             address,
         ],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
+        limit=120,
     )
     return done.stdout, done.stderr
 

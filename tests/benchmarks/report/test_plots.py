@@ -13,6 +13,7 @@ from benchmarks.report.look import COLOURS, DASHES, MARKERS, styles
 from benchmarks.report.plots import Plot, plots
 from benchmarks.report.svg import canvas, drawing, to_svg
 from tests.benchmarks.report.examples import joint, large, result, small, with_bases
+from tests.processes import run_to_end
 
 
 def drawn(runs: dict[str, Any]) -> dict[str, list[Plot]]:
@@ -162,13 +163,11 @@ def test_drawing_is_repeatable_and_leaves_matplotlib_alone() -> None:
 
 
 def test_drawing_needs_no_window_system() -> None:
-    import subprocess
-
     code = (
         "import sys; from tests.benchmarks.report.examples import small; from benchmarks.report.html import page; "
         "page(small()); sys.exit('matplotlib.pyplot' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert run_to_end([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_drawing_says_what_it_shows() -> None:
