@@ -18,6 +18,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from benchmarks import commands, options
+from benchmarks.interruption import not_lost
 from benchmarks.settings import InputError
 
 _BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
@@ -79,7 +80,8 @@ def _interruptible(out: Path, kept: bool) -> Iterator[None]:
             None if "avalanche" in Path(file).parts else show(message, category, file, *rest)
         )
         try:
-            yield
+            with not_lost():
+                yield
         except KeyboardInterrupt:
             what = f"what has finished is in {out}; the same command goes on from there"
             nothing = "nothing is kept; with --out DIR what has finished is, and the same command goes on from there"

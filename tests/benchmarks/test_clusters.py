@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import backends
 from benchmarks.backends import Options, check, execute
+from benchmarks.interruption import not_lost
 from benchmarks.settings import InputError
 from tests.benchmarks.small_runs import (
     ROOT,
@@ -156,7 +157,7 @@ def test_an_interruption_stops_the_runs(tmp_path, options):
             signal.raise_signal(signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), not_lost():
         next(outcomes)
     if options.backend == "ray":
         await_gone(pids(tmp_path, "a", "b"), seconds=30)

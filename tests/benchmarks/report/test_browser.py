@@ -102,7 +102,7 @@ def served(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def browse(folder: Path, address: str, *arguments: str, width: int = 1280, height: int = 900) -> tuple[str, str]:
-    """Open a page without a window.
+    """Open a page without a window; a browser that hangs as it starts is started once more.
 
     Returns:
         What the browser wrote to its standard output, and its log.
@@ -112,17 +112,11 @@ def browse(folder: Path, address: str, *arguments: str, width: int = 1280, heigh
         "--disable-component-update --disable-sync --hide-scrollbars --force-device-scale-factor=1 "
         "--no-proxy-server --virtual-time-budget=4000 --enable-logging=stderr"
     )
-    done = run_to_end(
-        [
-            str(_BROWSER),
-            *quiet.split(),
-            f"--user-data-dir={folder / 'profile'}",
-            f"--window-size={width},{height}",
-            *arguments,
-            address,
-        ],
-        limit=120,
-    )
+    command = [str(_BROWSER), *quiet.split(), f"--window-size={width},{height}", *arguments, address]
+    try:
+        done = run_to_end([*command, f"--user-data-dir={folder / 'profile'}"], limit=100)
+    except AssertionError:
+        done = run_to_end([*command, f"--user-data-dir={folder / 'another profile'}"], limit=100)
     return done.stdout, done.stderr
 
 
