@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 
 import pytest
@@ -12,7 +13,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
 from torch import nn
 
-from avalanche_gradproj import GPMPlugin
+from avalanche_gradproj import GPM, GPMPlugin
 from avalanche_gradproj.plugins.base import task_heads
 from avalanche_gradproj.testing import MethodCase, strategy, stream
 
@@ -130,3 +131,43 @@ def test_no_step_waits_for_the_device():
     learner = strategy(CASE, [Guard(), GPMPlugin(threshold=0.9, n_samples=40), Guard()], device="cuda")
     for experience in stream().train_stream:
         learner.train(experience, eval_streams=[])
+
+
+def test_the_strategy_is_naive_with_the_plugin():
+    benchmark = stream()
+    torch.manual_seed(0)
+    plain = strategy(CASE, [CASE.make()])
+    torch.manual_seed(0)
+    twin = strategy(CASE, [])
+    mine = []
+    ready = GPM(
+        model=twin.model,
+        optimizer=twin.optimizer,
+        threshold=0.9,
+        n_samples=40,
+        train_mb_size=8,
+        train_epochs=2,
+        plugins=mine,
+        evaluator=EvaluationPlugin(),
+    )
+    assert mine == []
+    assert ready.eval_mb_size == 8
+    for index, experience in enumerate(benchmark.train_stream):
+        for learner in (plain, ready):
+            torch.manual_seed(index)
+            learner.train(experience)
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, ready.model.state_dict()[name]), name
+    assert ready.plugin.bases.keys() == {"conv", "hidden", "out"}
+
+
+def test_the_strategy_checks_its_arguments():
+    model = nn.Linear(2, 2)
+    settings = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    with pytest.raises(TypeError, match="treshold"):
+        GPM(**settings, treshold=0.9)
+    with pytest.raises(ValueError, match="threshold=2"):
+        GPM(**settings, threshold=2)
+    names = list(inspect.signature(GPM).parameters)
+    assert names[:4] == ["model", "optimizer", "threshold", "threshold_step"]
+    assert "eval_every" in names
