@@ -32,8 +32,9 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Neighbours mostly share a process and what takes long to make; ways to group them all hang once a process has died.
 unit: venv
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 compare: $(COMPARING)
 	$(BIN)/python -m benchmarks compare digits-split digits-permuted

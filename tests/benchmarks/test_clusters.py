@@ -31,7 +31,6 @@ from tests.benchmarks.small_runs import (
 )
 from tests.processes import run_to_end
 
-# In one process, one after the other (see tests/conftest.py): a cluster takes a while to start.
 pytestmark = pytest.mark.cluster
 
 STORE = 80 * 2**20
