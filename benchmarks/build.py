@@ -14,6 +14,7 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 
 from benchmarks import orders, sources, streams
+from benchmarks.fresh_optimizer import FreshOptimizer
 from benchmarks.jobs import Job
 from benchmarks.methods import find_method
 from benchmarks.record import Protocol
@@ -108,6 +109,8 @@ def build_strategy(
     template = JointTraining if method.joint else SupervisedTemplate
     kind: Any = torch.optim.Adam if protocol.optimizer == "adam" else torch.optim.SGD
     optimizer = kind(model.parameters(), lr=protocol.lr)
+    if protocol.reset_optimizer:
+        before.append(FreshOptimizer())
     if protocol.lr_decay is not None:
         before.append(_decay(optimizer, protocol.lr_decay, _iterations(stream, protocol.train_batch, method.joint)))
     with warnings.catch_warnings():

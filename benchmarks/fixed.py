@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from benchmarks.record import Expected, Normalisation, Protocol
 
-#: In results too, so that they are not to be reworded.
+#: In results too, so that they are not to be reworded; the first one is Adam with `reset_optimizer`.
+FRESH = "Adam, its state forgotten between experiences"
 OPTIMIZERS = {"sgd": "SGD without momentum or weight decay", "adam": "Adam, its state kept between experiences"}
 
 _IMAGES = {
@@ -56,6 +57,8 @@ def figures(protocol: Protocol) -> dict[str, str]:
     found["network"] = f"{protocol.model}: {NETWORKS[protocol.model]}"
     found["loss"] = "cross-entropy, mean over the mini-batch"
     found["optimizer"] = OPTIMIZERS[protocol.optimizer]
+    if protocol.reset_optimizer is not None:
+        found["optimizer"] += "; with reset_optimizer forgotten"
     found["learning rate"] = _rate(protocol)
     found["validation"] = _validation(protocol)
     found["train_limit, validation"] = _DRAWN[protocol.draw_rule]

@@ -51,7 +51,9 @@ class Job:
         protocol = self.protocol
         fixed = {
             "model": protocol.model,
-            "optimizer": OPTIMIZERS[protocol.optimizer],
+            "optimizer": OPTIMIZERS[protocol.optimizer].replace(
+                "kept", "forgotten" if protocol.reset_optimizer else "kept"
+            ),
             "split": protocol.split,
             "permutation_rule": protocol.permutation_rule if protocol.split == "permutations" else None,
             "draw_rule": protocol.draw_rule,

@@ -70,6 +70,7 @@ class Protocol:
         epochs: epochs of an experience, at most.
         optimizer: `sgd` without momentum or weight decay, or `adam` with PyTorch's other defaults; its state lasts from
             one experience to the next, as Avalanche keeps it.
+        reset_optimizer: whether that state is forgotten as an experience begins.
         lr: learning rate, the initial one where there is a schedule.
         train_batch: samples of a training batch.
         test_batch: samples of a test or validation batch.
@@ -107,6 +108,7 @@ class Protocol:
     hidden: int | None = setting(None, minimum=1)
     epochs: int = setting(1, minimum=1)
     optimizer: Literal["sgd", "adam"] = "sgd"
+    reset_optimizer: bool | None = setting(None)
     lr: float = setting(0.01, above=0)
     train_batch: int = setting(10, minimum=1)
     test_batch: int = setting(64, minimum=1)

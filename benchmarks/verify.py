@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
 from benchmarks.files import finite
-from benchmarks.methods import find_method
 
 #: Percent within which a run agrees, however small the spread: a few test samples.
 FLOOR = 0.3
 
-#: Settings of methods that came later than some of the references.
-LATER = frozenset({"refresh_every"})
+#: Settings that came later than some of the references, with the values that change nothing.
+LATER = {"refresh_every": 1, "reset_optimizer": False}
 
 
 @dataclass(frozen=True)
@@ -77,23 +76,21 @@ def judge(now: Mapping[str, Any], references: Sequence[Mapping[str, Any]]) -> Ve
         bwt=(now["bwt"], then["bwt"]) if has_transfer else None,
         allowed=(_allowed(references, "acc"), _allowed(references, "bwt")),
         equal=now["accuracy_matrix"] == then["accuracy_matrix"],
-        same_settings=same_settings(now["method"], now["hyper_parameters"], then["hyper_parameters"]),
+        same_settings=same_settings(now["hyper_parameters"], then["hyper_parameters"]),
     )
 
 
-def same_settings(method: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+def same_settings(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
     """Tell whether a run has the settings of its reference.
 
-    A setting that came later than some references (`LATER`) may be missing there: it has to be at its default, which
-    is what the method did before.
+    A setting that came later than some references (`LATER`) may be missing there: it has to be at the value that is
+    what was done before.
 
     Args:
-        method: its name.
         now: the run's settings.
         then: those of the reference.
     """
-    defaults = asdict(find_method(method).settings())
-    late = {key for key in LATER - then.keys() if key in defaults and now.get(key) == defaults[key]}
+    late = {key for key, before in LATER.items() if key not in then and now.get(key) == before}
     known = {key: value for key, value in now.items() if key not in late}
     return bool(finite(known) == finite(dict(then)))
 

@@ -33,6 +33,7 @@ PMNIST_KFAC = Protocol(
     hidden=100,
     epochs=4,
     optimizer="adam",
+    reset_optimizer=False,
     lr=0.001,
     lr_decay=1.0,
     train_batch=250,
@@ -50,7 +51,8 @@ PMNIST_KFAC = Protocol(
     sources=MappingProxyType(
         {
             "experiences": "arXiv 1805.07810: permuted MNIST, up to 50 experiences",
-            "model, hidden, optimizer, lr, lr_decay, epochs, train_batch": f"{HERE}: the paper's were not found",
+            "model, hidden, optimizer, reset_optimizer, lr, lr_decay, epochs, train_batch": f"{HERE}: the paper's were "
+            "not found",
             "strength, ewc_lambda": f"{HERE}, each by test accuracy with seed 0 over 0.1, 1, 10, ... 10000; in arXiv "
             "1805.07810 1 is natural, and 3 was best in validation (with diagonal factors)",
             "all other methods": f"{HERE}, not searched",
@@ -75,6 +77,7 @@ PMNIST_BN = replace(
     name="pmnist-bn",
     summary="permuted MNIST for curvature, with BatchNorm after each of two hidden layers of 100, Adam",
     model="mlp-bn",
+    reset_optimizer=None,
     lr_decay=None,
     methods=MappingProxyType({**PMNIST_KFAC.methods, **_BATCH_NORM}),
     sources=MappingProxyType(

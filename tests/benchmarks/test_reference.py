@@ -160,7 +160,7 @@ def test_every_reference_is_of_the_protocols_own_settings():
     for own in reference.read():
         job = make_job(own["protocol"], own["method"], own["seed"], torch.device("cpu"), {})
         now = json.loads(json.dumps(job.hyper_parameters))
-        assert verify.same_settings(own["method"], now, own["hyper_parameters"]), own["method"]
+        assert verify.same_settings(now, own["hyper_parameters"]), own["method"]
 
 
 def test_gathering_tells_runs_of_changed_settings_apart(tmp_path):
