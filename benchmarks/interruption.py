@@ -19,7 +19,7 @@ def not_lost() -> Iterator[None]:
     """Repeat an interruption that came where Python ignores exceptions.
 
     An exception in a finaliser or in a callback of the garbage collector (JAX has one, and qpsolvers loads JAX where
-    it is installed) is printed and forgotten, so that one Ctrl-C in twenty would do nothing. Python tells a hook of
+    it is installed) is printed and forgotten, so that Ctrl-C would now and then do nothing. Python tells a hook of
     those, and this one sends the signal again, until it is heard. Outside of the main thread this does nothing.
 
     Yields:

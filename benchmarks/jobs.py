@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import sources
-from benchmarks.fixed import OPTIMIZERS
+from benchmarks.fixed import FRESH, OPTIMIZERS
 from benchmarks.methods import find_method
 from benchmarks.protocols import PROTOCOLS, find_protocol, resolve
 from benchmarks.record import Protocol
@@ -51,9 +51,7 @@ class Job:
         protocol = self.protocol
         fixed = {
             "model": protocol.model,
-            "optimizer": OPTIMIZERS[protocol.optimizer].replace(
-                "kept", "forgotten" if protocol.reset_optimizer else "kept"
-            ),
+            "optimizer": FRESH if protocol.reset_optimizer else OPTIMIZERS[protocol.optimizer],
             "split": protocol.split,
             "permutation_rule": protocol.permutation_rule if protocol.split == "permutations" else None,
             "draw_rule": protocol.draw_rule,

@@ -9,7 +9,9 @@ import threading
 import time
 
 import pytest
+import typer
 
+from benchmarks import cli
 from benchmarks.interruption import not_lost
 
 
@@ -50,6 +52,23 @@ def test_it_comes_again_until_it_is_heard(swallow, swallowed):
     assert time.monotonic() < begin + 30
     assert times[0] == 0
     assert sys.unraisablehook is before
+
+
+def test_commands_hear_it(swallow, tmp_path, capsys):
+    times, _ = swallow
+    begin = time.monotonic()
+
+    def work():
+        with cli._interruptible(tmp_path, kept=True):
+            times[0] = 1
+            gc.collect()
+            while time.monotonic() < begin + 60:
+                time.sleep(0.01)
+
+    with pytest.raises(typer.Exit) as ended:
+        work()
+    assert ended.value.exit_code == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
 
 
 def test_it_comes_no_more_after_the_end(swallow):
