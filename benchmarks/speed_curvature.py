@@ -50,15 +50,20 @@ def perceptron(*, batch_norm: bool = False) -> nn.Module:
 def step(
     model: nn.Module, x: Tensor, y: Tensor, method: KroneckerLaplace | None, lr: float = 1e-4
 ) -> Callable[[], None]:
-    """Return one training step, with the method's penalty if there is one; its experience has begun."""
+    """Return one training step, with the method's penalty if there is one, as its plugin adds it; its experience
+    has begun.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
 
     def run() -> None:
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y)
-        if method is not None:
+        adds = method is not None and method.adds_gradient
+        if method is not None and not adds:
             loss = method.objective(loss)
         loss.backward()
+        if method is not None and adds:
+            loss = loss.detach() + method.add_gradient()
         optimizer.step()
 
     return run

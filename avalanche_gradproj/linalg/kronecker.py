@@ -199,7 +199,12 @@ class KroneckerTerm:
         Args:
             x: [blocks, out, d], or without the first axis where the term is `squeezed`.
         """
-        result = self.left.on_left(self.right.on_right(x))
+        if isinstance(self.right.rest, float) and self.left.size <= self.right.size:  # in the memory of B X
+            result = self.left.on_left(x)
+            inner = self.left.on_left(x @ self.right.matrix)
+            result = result.addmm_(inner, self.right.matrix.mT, beta=self.right.rest)
+        else:
+            result = self.left.on_left(self.right.on_right(x))
         return torch.add(result, x, alpha=self.damping) if self.damping else result
 
     def scaled(self, weight: float, damping: float = 0.0) -> KroneckerTerm:

@@ -197,6 +197,24 @@ class KroneckerLaplace(Penalty):
             raise StateError("penalty() was called outside of an experience: use it inside `with experience(model)`")
         return self._training.zero if self._training.penalty is None else self._training.penalty.value()
 
+    @property
+    def adds_gradient(self) -> bool:
+        """Whether `add_gradient` may take the place of `penalty` in this step: nobody watches the gradients' making."""
+        return self._training is not None and self._training.penalty is not None and self._training.penalty.adds
+
+    def add_gradient(self) -> Tensor:
+        """Add the penalty's gradient to `.grad`, after the backward pass of the loss alone; return its value.
+
+        The same as to add `penalty()` to the loss, up to rounding, and cheaper: autograd has no part in it. The value
+        is a constant.
+
+        Raises:
+            StateError: outside of an experience.
+        """
+        if self._training is None or self._training.penalty is None:
+            return self.penalty()
+        return self._training.penalty.add_gradient()
+
     def finish(self) -> None:
         """End the training of an experience: let go of the model."""
         self._training = None

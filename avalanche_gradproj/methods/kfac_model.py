@@ -87,7 +87,7 @@ def penalty_of(
     samples: float,
     damping: float,
     refresh_every: int = 1,
-    tensors: Callable[[Unit], Callable[[], tuple[Tensor, ...]]] = lambda unit: unit.tensors,
+    tensors: Callable[[Unit], Callable[[], tuple[Tensor, ...]]] | None = None,
 ) -> QuadraticPenalty | None:
     """Return the penalty that forms are on a model in training, or None where they say nothing.
 
@@ -97,7 +97,7 @@ def penalty_of(
         samples: N by which the sum is divided, since the loss is a mean over that many samples.
         damping: added to every eigenvalue of a sample's curvature.
         refresh_every: calls for which parts of the products may be kept (`linalg.kept`).
-        tensors: how the tensors of a unit are had at each step.
+        tensors: how the tensors of a unit are had at each step; None where they are its parameters.
 
     Raises:
         ModelError: if parameters with diagonal terms live on several devices.
@@ -113,7 +113,10 @@ def penalty_of(
                 terms = [term.scaled(factor, 0.0 if index else own_damping) for index, term in enumerate(layer.terms)]
                 own.append(Form(terms, layer.centre))
         if own and any(parameter.requires_grad for parameter in unit.parameters):
-            matrices.append(MatrixSite(tensors(unit), own, refresh_every))
+            if tensors is None:
+                matrices.append(MatrixSite(unit.tensors, own, refresh_every, unit.slices))
+            else:
+                matrices.append(MatrixSite(tensors(unit), own, refresh_every))
     diagonal = _diagonal(coverage, forms, samples, damping)
     return QuadraticPenalty(matrices, diagonal, refresh_every) if matrices or diagonal is not None else None
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from avalanche_gradproj.layers.unit import Unit
+from avalanche_gradproj.layers.unit import ParameterSlice, Unit
 from avalanche_gradproj.linalg.kept import KeptForm
 from avalanche_gradproj.linalg.kronecker import KroneckerTerm, quadratic
+from avalanche_gradproj.methods.kfac_accumulate import accumulate, add_vector, watched
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +47,15 @@ class MatrixSite:
             [blocks * out]. They may be parameters or differentiable functions of some.
         forms: the forms on it, each with as many blocks and columns.
         refresh_every: see `linalg.kept.KeptForm`; 1 forms all products each time.
+        slices: where the tensors live, if they are parameters: `add_gradient` needs to know.
     """
 
     tensors: Callable[[], tuple[Tensor, ...]]
     forms: Sequence[Form]
     refresh_every: int = 1
+    slices: Sequence[ParameterSlice] = ()
     _buffers: list[Tensor] = field(default_factory=list, init=False)
+    _views: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list, init=False)
     _kept: list[KeptForm] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -72,9 +76,28 @@ class MatrixSite:
             tensors: what `tensors()` gave.
             refresh: form all products, where some may be kept.
         """
+        value, sums = self._sums(tensors, refresh)
+        return value, [_like(part, tensor) for part, tensor in zip(_parts(sums, tensors), tensors, strict=True)]
+
+    def add_gradient(self, *, refresh: bool = True) -> Tensor:
+        """Add the gradient to that of the parameters in `slices`; return the value."""
+        tensors = [part.of(part.parameter.detach()) for part in self.slices]
+        value, sums = self._sums(tensors, refresh)
+        for part, target in zip(_parts(sums, tensors), self.slices, strict=True):
+            accumulate(part, target)
+        return value
+
+    def _sums(self, tensors: Sequence[Tensor], refresh: bool) -> tuple[Tensor, Tensor]:
+        """Return the value, and the gradient of the matrix, [.., rows, d]."""
         value, sums = None, None
+        if not self._views:  # shapes stay for an experience, and for small layers every operation counts
+            both = zip(self.forms, self._buffers, strict=True)
+            self._views = [
+                list(zip(_parts(form.centre, tensors), _parts(buffer, tensors), strict=True)) for form, buffer in both
+            ]
         for index, (form, buffer) in enumerate(zip(self.forms, self._buffers, strict=True)):
-            _subtract(tensors, form.centre, buffer)
+            for tensor, (centre, out) in zip(tensors, self._views[index], strict=True):
+                torch.sub(tensor if tensor.shape == centre.shape else _rows_of(tensor, centre), centre, out=out)
             if self._kept:
                 own, gradient = self._kept[index].quadratic(buffer, refresh=refresh)
             else:
@@ -83,20 +106,26 @@ class MatrixSite:
             sums = gradient if sums is None else _add(sums, gradient)
         if value is None or sums is None:
             raise ValueError("a site without forms")
-        widths = [tensor.shape[1:].numel() for tensor in tensors]
-        return value, [_like(part, tensor) for part, tensor in zip(sums.split(widths, dim=-1), tensors, strict=True)]
+        return value, sums
 
 
-def _subtract(tensors: Sequence[Tensor], centre: Tensor, out: Tensor) -> None:
-    """Write W - W* into a buffer: weight and bias are not concatenated first."""
-    column = 0
+def _parts(matrix: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the columns of [.., rows, d] that belong to each tensor, of its shape where they have it: views."""
+    parts, column = [], 0
     for tensor in tensors:
         width = tensor.shape[1:].numel()
-        part = tensor if tensor.dim() == centre.dim() == 2 else tensor.reshape(*centre.shape[:-2], -1, width)
-        if part.shape[-2] > centre.shape[-2]:
-            part = part.narrow(-2, 0, centre.shape[-2])
-        torch.sub(part, centre.narrow(-1, column, width), out=out.narrow(-1, column, width))
+        if tensor.dim() == 1 and matrix.dim() == 2 and matrix.shape[0] == tensor.shape[0]:
+            parts.append(matrix[:, column])
+        else:
+            parts.append(matrix.narrow(-1, column, width))
         column += width
+    return parts
+
+
+def _rows_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor as [.., rows, width], as many of its first rows as another has."""
+    part = tensor.reshape(*like.shape[:-2], -1, like.shape[-1])
+    return part.narrow(-2, 0, like.shape[-2]) if part.shape[-2] > like.shape[-2] else part
 
 
 def _add(one: Tensor, other: Tensor) -> Tensor:
@@ -109,7 +138,7 @@ def _add(one: Tensor, other: Tensor) -> Tensor:
 def _like(part: Tensor, tensor: Tensor) -> Tensor:
     """Return a part [.., rows, width] in a tensor's shape and type, zeros in the rows that it does not have."""
     missing = tensor.numel() - part.numel()
-    if missing:
+    if missing:  # then it is of two dimensions
         filler = part.new_zeros(*part.shape[:-2], missing // part.shape[-1], part.shape[-1])
         part = torch.cat([part, filler], dim=-2)
     part = part.reshape(tensor.shape)
@@ -126,13 +155,24 @@ class DiagonalSite:
         centres: the centre theta* of each form.
     """
 
-    parameters: Sequence[Tensor]
+    parameters: Sequence[nn.Parameter]
     curvatures: Sequence[Tensor]
     centres: Sequence[Tensor]
 
     def evaluate(self) -> tuple[Tensor, list[Tensor]]:
         """Return the value, and the gradient of each parameter."""
-        vector = torch.cat([p.reshape(-1) for p in self.parameters]).to(self.centres[0].dtype)
+        value, sums = self._sums()
+        parts = sums.split([p.numel() for p in self.parameters])
+        return value, [part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def add_gradient(self) -> Tensor:
+        """Add the gradient to that of the parameters; return the value."""
+        value, sums = self._sums()
+        add_vector(sums, self.parameters)
+        return value
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        vector = torch.cat([p.detach().reshape(-1) for p in self.parameters]).to(self.centres[0].dtype)
         value, sums = None, None
         for curvature, centre in zip(self.curvatures, self.centres, strict=True):
             difference = vector - centre
@@ -141,8 +181,7 @@ class DiagonalSite:
             value, sums = (own, gradient) if value is None or sums is None else (value + own, sums + gradient)
         if value is None or sums is None:
             raise ValueError("a site without forms")
-        parts = sums.split([p.numel() for p in self.parameters])
-        return value, [part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.parameters, strict=True)]
+        return value, sums
 
 
 class QuadraticPenalty:
@@ -160,6 +199,8 @@ class QuadraticPenalty:
     ) -> None:
         self._matrices, self._diagonal = list(matrices), diagonal
         self._refresh_every, self._calls = refresh_every, 0
+        first = matrices[0].forms[0].centre if matrices else None if diagonal is None else diagonal.centres[0]
+        self._device_type = "cpu" if first is None else first.device.type
 
     def value(self) -> Tensor:
         """Return the penalty at the present weights: a scalar, to be added to a loss.
@@ -174,13 +215,11 @@ class QuadraticPenalty:
 
     def evaluate(self, counts: Sequence[int], tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the value and the gradient of every tensor, in the order of `value`."""
-        device = tensors[0].device.type
+        device = self._device_type
         if torch.is_autocast_enabled(device):  # half precision is for the network's own products
             with torch.autocast(device, enabled=False):
                 return self.evaluate(counts, tensors)
-        value, gradients, begin = None, [], 0
-        calls, self._calls = self._calls, self._calls + 1
-        refresh = calls % self._refresh_every == 0 or (calls < self._refresh_every and calls & (calls - 1) == 0)
+        value, gradients, begin, refresh = None, [], 0, self._count()
         for site, count in zip(self._matrices, counts, strict=True):
             own, found = site.evaluate(tensors[begin : begin + count], refresh=refresh)
             value = own if value is None else value + own.to(value.device)
@@ -193,6 +232,37 @@ class QuadraticPenalty:
         if value is None:
             raise ValueError("a penalty without sites")
         return value, gradients
+
+
+    @property
+    def adds(self) -> bool:
+        """Whether `add_gradient` can be used: all matrices are parameters, whose gradients nobody watches."""
+        sliced = all(site.slices for site in self._matrices)
+        own = [part.parameter for site in self._matrices for part in site.slices]
+        return sliced and not watched(own if self._diagonal is None else [*own, *self._diagonal.parameters])
+
+    @torch.no_grad()
+    def add_gradient(self) -> Tensor:
+        """Add the gradient to that of the parameters, and return the value, a constant."""
+        device = self._device_type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.add_gradient()
+        value, refresh = None, self._count()
+        for site in self._matrices:
+            own = site.add_gradient(refresh=refresh)
+            value = own if value is None else value + own.to(value.device)
+        if self._diagonal is not None:
+            own = self._diagonal.add_gradient()
+            value = own if value is None else value + own.to(value.device)
+        if value is None:
+            raise ValueError("a penalty without sites")
+        return value
+
+    def _count(self) -> bool:
+        """Count a call; return whether it forms all products."""
+        calls, self._calls = self._calls, self._calls + 1
+        return calls % self._refresh_every == 0 or (calls < self._refresh_every and calls & (calls - 1) == 0)
 
 
 @dataclass

@@ -197,6 +197,15 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
             self._training.entered.clear()
         return value
 
+    @property
+    def adds_gradient(self) -> bool:
+        """Whether `add_gradient` may be used: never, as weights and BatchNorms share the gradient, and scales act."""
+        return False
+
+    def add_gradient(self) -> Tensor:
+        """Refuse: see `objective`."""
+        raise StateError("XK-FAC's penalty is differentiated through BatchNorms: call objective(loss).backward()")
+
     def objective(self, loss: Tensor) -> Tensor:
         """Return the weighted and scaled sum of a mini-batch's loss and the penalty; see `Penalty.objective`."""
         if self._training is not None and not self.penalising:

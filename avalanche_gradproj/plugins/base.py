@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 from avalanche.benchmarks.scenarios.online import OnlineCLExperience
@@ -144,7 +145,7 @@ class GradientTransformPlugin(MethodPlugin):
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Start the method on the adapted model and the refreshed optimizer."""
         super().before_training_exp(strategy, *args, **kwargs)
-        self._trusted = not _changes_gradients_before(self, strategy.plugins)
+        self._trusted = not acts_before(self, strategy.plugins, "after_backward")
 
     def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Arrange for the coming epoch to run inside the method's context."""
@@ -193,15 +194,15 @@ def whole_experience(experience: Any) -> Any:
     return experience.origin_experience if _is_piece(experience) else experience
 
 
-def _changes_gradients_before(plugin: Any, plugins: list[Any]) -> bool:
-    """Whether a plugin that comes earlier acts after the backward pass too."""
-    for other in plugins:
-        if other is plugin:
-            return False
-        act = getattr(type(other), "after_backward", BaseSGDPlugin.after_backward)
-        if act is not BaseSGDPlugin.after_backward:
-            return True
-    return False
+def acts(plugin: Any, callback: str) -> bool:
+    """Whether a plugin has a callback of its own, such as `"after_backward"`."""
+    idle = getattr(BaseSGDPlugin, callback)
+    return getattr(type(plugin), callback, idle) is not idle
+
+
+def acts_before(plugin: Any, plugins: Iterable[Any], callback: str) -> bool:
+    """Whether a plugin that comes earlier in the list has that callback too."""
+    return any(acts(other, callback) for other in takewhile(lambda other: other is not plugin, plugins))
 
 
 def run_inside(strategy: Any, context: Callable[[], Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from avalanche_gradproj.methods.kfac import KroneckerLaplace
-from avalanche_gradproj.plugins.penalty import PenaltyPlugin
+from avalanche_gradproj.plugins.penalty import PenaltyPlugin, alone_with_gradients
 
 
 class KFACLaplacePlugin(PenaltyPlugin):
@@ -90,6 +90,20 @@ class KFACLaplacePlugin(PenaltyPlugin):
         )
         super().__init__(method, record_batch_size=record_batch_size)
 
+        self._alone, self._adds = False, False
+
     def _start(self, strategy: Any, size: int) -> None:
         self.method.criterion = strategy._criterion
         super()._start(strategy, size)
+        self._alone = alone_with_gradients(self, strategy)
+
+    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Add the penalty to the loss, where its gradient cannot be added after the backward pass."""
+        self._adds = self._alone and self.method.adds_gradient
+        if not self._adds:
+            super().before_backward(strategy, *args, **kwargs)
+
+    def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Add the gradient of the penalty, and to the loss that is logged its value."""
+        if self._adds:
+            strategy.loss = strategy.loss.detach() + self.method.add_gradient()

@@ -7,10 +7,11 @@ from typing import Any
 
 from avalanche.models import MultiHeadClassifier
 from avalanche.models.cosine_layer import CosineIncrementalClassifier
+from avalanche.training.templates.base_sgd import BaseSGDTemplate
 from torch import nn
 
 from avalanche_gradproj.methods.base import Penalty
-from avalanche_gradproj.plugins.base import MethodPlugin
+from avalanche_gradproj.plugins.base import MethodPlugin, acts, acts_before
 from avalanche_gradproj.plugins.reading import mini_batches
 
 #: Heads that belong to one task: data of other tasks gives them no gradient. (Those of cosine layers, which grow by
@@ -24,6 +25,18 @@ def own_heads(model: nn.Module) -> list[str]:
     An `IncrementalClassifier` of its own is shared by all experiences, and is not among them.
     """
     return [name for name, module in model.named_modules() if name and isinstance(module, OWN_HEADS)]
+
+
+def alone_with_gradients(plugin: Any, strategy: Any) -> bool:
+    """Whether a gradient that `plugin` adds after the backward pass counts as if its term had been part of the loss.
+
+    Not where the strategy has a backward pass of its own (it may scale the loss), and not beside plugins that act on
+    the loss before the backward pass (they may too), or on gradients before this one does.
+    """
+    if type(strategy).backward is not BaseSGDTemplate.backward or "backward" in vars(strategy):
+        return False
+    changes_loss = any(acts(other, "before_backward") for other in strategy.plugins if other is not plugin)
+    return not changes_loss and not acts_before(plugin, strategy.plugins, "after_backward")
 
 
 class PenaltyPlugin(MethodPlugin):
