@@ -115,7 +115,7 @@ class KfacSettings:
         n_factor_samples: training samples that factors are made of, or `all`.
         truncate: share of a factor's squared norm that is kept in eigenvectors, 1 for all of it.
         damping: added to the curvature of every penalised parameter.
-        refresh_every: steps for which all but the stiff part of the penalty's gradient is kept.
+        refresh_every: steps in one of which all products of the penalty are formed, in the others a sample.
     """
 
     strength: float = setting(1.0, minimum=0)
@@ -140,7 +140,7 @@ class XkfacSettings:
         factor_batch: samples of a mini-batch in the passes over the data: the curvature is that of such batches.
         truncate: share of a factor's squared norm that is kept in eigenvectors, 1 for all of it.
         damping: added to the curvature of every penalised parameter.
-        refresh_every: steps for which all but the stiff part of the penalty's gradient is kept.
+        refresh_every: steps in one of which all products of the penalty are formed, in the others a sample.
         reparameterise: merged weights as the layers' own at the start of an experience.
         inter_example: the curvature's term across samples.
         batchnorm: `merge` with layers, `freeze` after the first experience, or `track`.

@@ -50,9 +50,7 @@ def perceptron(*, batch_norm: bool = False) -> nn.Module:
 def step(
     model: nn.Module, x: Tensor, y: Tensor, method: KroneckerLaplace | None, lr: float = 1e-4
 ) -> Callable[[], None]:
-    """Return one training step, with the method's penalty if there is one, as its plugin adds it; its experience
-    has begun.
-    """
+    """Return one training step, with the penalty of a method whose experience has begun, as its plugin adds it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
 
     def run() -> None:

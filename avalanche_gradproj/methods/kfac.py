@@ -63,7 +63,7 @@ class KroneckerLaplace(Penalty):
         truncate: None, or a share in (0, 1]: see `linalg.kronecker.Factor.truncated`; factors stay whole where their
             truncation would not make products cheaper.
         damping: added to every eigenvalue of each experience's curvature of a sample, for every penalised parameter.
-        refresh_every: calls of `penalty` for which all but the stiff part of its gradient is kept (`linalg.kept`).
+        refresh_every: calls in one of which all products are formed; in the others a sample of them (`linalg.kept`).
         include: patterns of layers to cover (see `layers.select.cover`).
         exclude: patterns of layers and parameters to leave alone.
         seed: of the generator that draws samples and labels; the global random state is not touched.

@@ -190,7 +190,7 @@ class QuadraticPenalty:
     Args:
         matrices: sites of matrices.
         diagonal: site of the other parameters, if there are any.
-        refresh_every: k: sites that keep a part of their products form all of them in calls 0, 1, 2, 4, 8, ... up to k
+        refresh_every: k: sites that sample their products form all of them in calls 0, 1, 2, 4, 8, ... up to k
             (the first one is at the centre, where there is nothing to keep), then in every k-th.
     """
 
@@ -232,7 +232,6 @@ class QuadraticPenalty:
         if value is None:
             raise ValueError("a penalty without sites")
         return value, gradients
-
 
     @property
     def adds(self) -> bool:

@@ -44,8 +44,8 @@ class KFACLaplacePlugin(PenaltyPlugin):
             share of its squared Frobenius norm are kept, the rest as a multiple of the identity that keeps the trace.
             Factors whose truncation would not make products cheaper stay whole.
         damping: added to every eigenvalue of a sample's curvature, centred like it.
-        refresh_every: k, a departure from the paper that saves time: the penalty's gradient along all but its stiff
-            directions is formed in every k-th step and kept in between. 1 is exact; see docs/kfac.md.
+        refresh_every: k, a departure from the paper that saves time: all of the penalty's products are formed in every
+            k-th step, in between its gradient is estimated without bias. 1 is exact; see docs/kfac.md.
         include: shell-style patterns of layer names to cover; default all but heads of one task.
         exclude: patterns of layers or parameters to leave alone.
         seed: of the generator that draws samples and labels; the global random state is never touched.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from avalanche_gradproj.linalg import kept
-from avalanche_gradproj.linalg.kept import KeptForm, leading
+from avalanche_gradproj.linalg.kept import KeptForm, widths
 from avalanche_gradproj.linalg.kronecker import Factor, KroneckerTerm, quadratic
 
 
@@ -15,6 +17,8 @@ from avalanche_gradproj.linalg.kronecker import Factor, KroneckerTerm, quadratic
 def _small_is_cheap(monkeypatch):
     """Split the products of small matrices too."""
     monkeypatch.setattr(kept, "OPERATION_COST", 0)
+    monkeypatch.setattr(kept, "_COLUMNS", 1)
+    monkeypatch.setattr(kept, "_WORTH", 10.0)
 
 
 def symmetric(draw, size, decay):
@@ -35,13 +39,16 @@ def dense(factor):
     return np.stack([m @ m.T + r * np.eye(len(m)) for m, r in zip(matrix, factor.rest.numpy(), strict=True)])
 
 
-def stiff(matrix, share):
-    """The part of [blocks, n, n] whose eigenvalues are at least a share of the largest."""
+def dealt(matrix, leading, count, block):
+    """[blocks, n, n] with the leading eigenvalues as they are and those of one block times the number of blocks."""
     result = []
     for own in matrix:
         values, vectors = np.linalg.eigh(own)
-        chosen = values >= share * values.max()
-        result.append(vectors[:, chosen] @ np.diag(values[chosen]) @ vectors[:, chosen].T)
+        values, vectors = values[::-1], vectors[:, ::-1]
+        weights = np.zeros(len(values))
+        weights[:leading] = 1
+        weights[leading + block :: count] = count
+        result.append(vectors @ np.diag(weights * values) @ vectors.T)
     return np.stack(result)
 
 
@@ -49,53 +56,102 @@ def apply(left, right, x, damping):
     return np.einsum("bij,bjk,bkl->bil", left, x, right) + damping * x
 
 
-@pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
+def brute_force(values):
+    """All pairs of multiples of 8, the cheapest of those in which no direction gets stiffer than the first."""
+    size, best = len(values), (len(values), len(values), 0)
+    for leading in range(8, size, 8):
+        for width in range(8, size, 8):
+            count = -(-(size - leading) // width)
+            if leading + width < best[0] and count * values[leading] <= values[0] * (1 + 1e-12):
+                best = leading + width, leading, width
+    return best[0]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.003, 0.02, 0.1, 1.0])
+@pytest.mark.parametrize("size", [7, 8, 40, 100])
+def test_no_direction_gets_stiffer_than_the_stiffest(decay, size, monkeypatch):
+    monkeypatch.setattr(kept, "_COLUMNS", 8)
+    values = np.exp(-decay * np.arange(size))
+    leading, width = widths(torch.from_numpy(values))
+    assert leading + width == brute_force(values)
+    if width:
+        assert -(-(size - leading) // width) * values[leading] <= values[0] * (1 + 1e-12)
+    # Of several blocks, the one with the flattest spectrum decides.
+    both = torch.from_numpy(np.stack([3 * np.exp(-2.0 * np.arange(size)), 0.1 * values]))
+    assert widths(both) == (leading, width)
+
+
+SHAPES = pytest.mark.parametrize(("out", "d"), [(20, 60), (60, 20)], ids=["of inputs", "of outputs"])
+
+
+@SHAPES
 @pytest.mark.parametrize("blocks", [1, 3])
-@pytest.mark.parametrize("truncated", [False, True])
-def test_the_leading_part_is_that_of_the_largest_eigenvalues(share, blocks, truncated):
-    own = term(0, blocks, damping=0.3)
-    if truncated:
-        own = KroneckerTerm(own.left.truncated(0.999), own.right.truncated(0.999), 0.3)
-    x = np.random.default_rng(1).normal(size=(blocks, 20, 30))
-    lead = leading(own, share)
-    assert lead.left.shape[-1] < 20
-    expected = apply(stiff(dense(own.left), share), stiff(dense(own.right), share), x, 0.3)
-    np.testing.assert_allclose(lead.product(torch.from_numpy(x)).numpy(), expected, rtol=1e-9, atol=1e-12)
-    if blocks == 1:
-        again = leading(own.squeezed(), share).product(torch.from_numpy(x[0]))
-        np.testing.assert_allclose(again.numpy(), expected[0], rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(("out", "d"), [(6, 40), (40, 6)], ids=["left first", "right first"])
-def test_both_orders_of_the_products(out, d):
-    own = term(3, out=out, d=d, decay=0.3)
-    x = np.random.default_rng(1).normal(size=(1, out, d))
-    expected = apply(stiff(dense(own.left), 0.2), stiff(dense(own.right), 0.2), x, 0.0)
-    np.testing.assert_allclose(leading(own, 0.2).product(torch.from_numpy(x)).numpy(), expected, atol=1e-12)
-
-
-@pytest.mark.parametrize("every", [2, 8])
-def test_what_is_not_leading_is_that_of_the_last_refresh(every):
-    terms = [term(0, damping=0.1), term(1, decay=0.8)]
-    form, draw = KeptForm(terms, every), np.random.default_rng(2)
-    assert form.split == 2
-    share, rest = 0.5 / every, None
-    for call, refresh in enumerate([False, False, True, False, False]):
-        x = draw.normal(size=(1, 20, 30))
-        leads = sum(
-            apply(stiff(dense(own.left), share), stiff(dense(own.right), share), x, own.damping) for own in terms
-        )
-        whole = sum(apply(dense(own.left), dense(own.right), x, own.damping) for own in terms)
-        if call == 0 or refresh:
-            rest = whole - leads
+def test_a_call_takes_the_leading_eigenvectors_and_one_block(out, d, blocks):
+    own, draw = term(0, blocks, out, d, decay=0.3, damping=0.3), np.random.default_rng(2)
+    form = KeptForm([own], 8)
+    (_, sampled) = form._split[0]
+    assert sampled.count > 2
+    start, held, sampled_calls = None, None, 0
+    for call, refresh in enumerate([False, False, False, True, False, False]):
+        x = draw.normal(size=(blocks, out, d))
         value, gradient = form.quadratic(torch.from_numpy(x), refresh=refresh)
-        np.testing.assert_allclose(gradient.numpy(), leads + rest, rtol=1e-9, atol=1e-12)
-        assert value.item() == pytest.approx(0.5 * (x * (leads + rest)).sum())
-        if call in (1, 3):  # what is kept makes a difference
-            assert np.abs(gradient.numpy() - whole).max() > 1e-3
+        left, right = dense(own.left), dense(own.right)
+        if call == 0 or refresh:
+            start, held = x, apply(left, right, x, 0.3)
+            expected = held
+            half = 0.5 * (x * held).sum()
+        else:
+            block = sampled_calls % sampled.count
+            if d > out:
+                right = dealt(right, sampled.leading, sampled.count, block)
+            else:
+                left = dealt(left, sampled.leading, sampled.count, block)
+            change = apply(left, right, x - start, 0.3)
+            expected = held + change
+            half = 0.5 * (start * held).sum() + ((x - start) * held).sum() + 0.5 * ((x - start) * change).sum()
+            sampled_calls += 1
+        np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-8, atol=1e-10)
+        assert value.item() == pytest.approx(half, rel=1e-9)
 
 
-def test_where_nothing_would_be_saved_everything_is_formed():
+@SHAPES
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_the_mean_over_all_blocks_is_exact(out, d, squeezed):
+    """Value and gradient, of a sum of two terms."""
+    terms = [term(seed, 1, out, d, decay=0.3, damping=0.1 * seed) for seed in (0, 1)]
+    draw = np.random.default_rng(3)
+    start, x = (torch.from_numpy(draw.normal(size=(1, out, d))) for _ in range(2))
+    if squeezed:
+        terms, start, x = [own.squeezed() for own in terms], start[0], x[0]
+    form = KeptForm(terms, 8)
+    assert form.split == 2
+    count = math.lcm(*(sampled.count for _, sampled in form._split))
+    form.quadratic(start, refresh=True)
+    found = [form.quadratic(x, refresh=False) for _ in range(count)]
+    value, gradient = quadratic(terms, x)
+    assert max((own - gradient).norm() / gradient.norm() for _, own in found) > 0.05
+    torch.testing.assert_close(sum(own for _, own in found) / count, gradient, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(sum(own for own, _ in found) / count, value, rtol=1e-9, atol=1e-10)
+
+
+def test_of_a_thin_factor_the_multiple_of_the_identity_reacts_late():
+    own = term(0, 1, 20, 200, decay=0.04)
+    thin = KroneckerTerm(own.left, own.right.truncated(0.999))
+    assert 40 < thin.right.rank < 150
+    draw = np.random.default_rng(3)
+    start, x = (draw.normal(size=(1, 20, 200)) for _ in range(2))
+    form = KeptForm([thin], 8)
+    form.quadratic(torch.from_numpy(start), refresh=True)
+    (_, sampled) = form._split[0]
+    mean = sum(form.quadratic(torch.from_numpy(x), refresh=False)[1] for _ in range(sampled.count)) / sampled.count
+    left, right = dense(own.left), dense(thin.right)
+    above = right - thin.right.rest.numpy()[:, None, None] * np.eye(200)
+    expected = apply(left, right, start, 0.0) + apply(left, above, x - start, 0.0)
+    np.testing.assert_allclose(mean.numpy(), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_where_nothing_would_be_saved_everything_is_formed(monkeypatch):
+    monkeypatch.setattr(kept, "_WORTH", 0.75)
     flat = KeptForm([term(0, decay=0.0)], 4)
     assert flat.split == 0
     x = torch.randn(1, 20, 30, dtype=torch.float64)
@@ -112,12 +168,12 @@ def test_a_step_that_is_not_finite_leaves_no_trace():
     spoiled = x.clone()
     spoiled[0, 3, 4] = torch.inf
     first, other = KeptForm([term(0)], 4), KeptForm([term(0)], 4)
-    expected = other.quadratic(x, refresh=True), other.quadratic(2 * x, refresh=False)
+    expected = [other.quadratic(at, refresh=at is x) for at in (x, 3 * x, 2 * x)][-1]
     assert not torch.isfinite(form.quadratic(spoiled, refresh=True)[1]).all()  # of the step itself it is
-    assert torch.isfinite(form.quadratic(x, refresh=False)[1]).all()  # from then on the leading part alone
+    assert torch.isfinite(form.quadratic(x, refresh=False)[1]).all()  # from then on the sampled part alone
     form.quadratic(x, refresh=True)
     form.quadratic(spoiled, refresh=True)
-    assert torch.equal(form.quadratic(2 * x, refresh=False)[1], expected[1][1])
+    assert torch.equal(form.quadratic(2 * x, refresh=False)[1], expected[1])
     torch.testing.assert_close(first.quadratic(x, refresh=True)[1], quadratic([term(0)], x)[1])
 
 
