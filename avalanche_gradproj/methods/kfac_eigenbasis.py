@@ -11,9 +11,11 @@ V (Z' - Z) U^T: of the difference, so that rounding does not add up in the weigh
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -87,6 +89,8 @@ class TurnedSteps:
         # While a step lasts: the layers with their weights before and their coordinates, and the gradients before.
         self._held: list[tuple[TurnedUnit, Tensor, Tensor]] = []
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
+        # The call of that step: a class whose step calls that of its base runs all hooks twice, one pair in the other.
+        self._step: FrameType | None = None
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -101,9 +105,10 @@ class TurnedSteps:
                 hooks.move_to_end(handle.id, last=False)
             yield
 
-    @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Show the optimizer coordinates: everything is formed before anything is changed."""
+        """Show the optimizer coordinates."""
+        if self._held and _runs(self._step):
+            return
         if self._held:
             self._put_back()
             raise StateError(
@@ -116,6 +121,19 @@ class TurnedSteps:
                 "weights in other coordinates: call the backward pass first and step() without one, or take "
                 "eigenbasis=False"
             )
+        self._step = sys._getframe(1)
+        with torch.no_grad():
+            self._show()
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Move the weights as their coordinates were, and give back the gradients."""
+        if sys._getframe(1) is self._step:
+            with torch.no_grad():
+                self._move()
+
+    def _show(self) -> None:
+        """Write coordinates into the parameters, and put turned gradients beside them."""
+        # All are formed before anything is changed.
         held, gradients, shown = [], [], {}
         for own, gradient in self._turning():
             weights = own.weights()
@@ -135,9 +153,8 @@ class TurnedSteps:
         # What a parameter in half precision holds of Z is where the step begins.
         self._held = [(own, weights, self._shown(own, z)) for own, weights, z in held]
 
-    @torch.no_grad()
-    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Move the weights as their coordinates were, and give back the gradients."""
+    def _move(self) -> None:
+        """Write weights into the parameters, and the gradients back."""
         after = []
         for own, weights, z in self._held:
             moved = own.weights().to(z.dtype)
@@ -145,7 +162,6 @@ class TurnedSteps:
         for own, _, weights in after:
             own.unit.write_weights(weights)
         self._give_back()
-        self._held = []
         for own, z, _ in after:  # when all have been written: layers may share parameters
             own.keep(z)
 
@@ -172,12 +188,11 @@ class TurnedSteps:
         for own, weights, _ in self._held:
             own.unit.write_weights(weights)
         self._give_back()
-        self._held = []
 
     def _give_back(self) -> None:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
-        self._gradients = []
+        self._held, self._gradients, self._step = [], [], None
 
 
 def check_optimizer(optimizer: Optimizer | None) -> None:
@@ -212,3 +227,11 @@ def check_optimizer(optimizer: Optimizer | None) -> None:
 def owned_by(optimizer: Optimizer) -> dict[int, int]:
     """Return the parameters that an optimizer has: identity -> index of the group."""
     return {id(own): index for index, group in enumerate(optimizer.param_groups) for own in group["params"]}
+
+
+def _runs(call: FrameType | None) -> bool:
+    """Whether a call has not returned yet: whether it is among those that led here."""
+    own: FrameType | None = sys._getframe()
+    while own is not None and own is not call:
+        own = own.f_back
+    return own is not None

@@ -80,3 +80,11 @@ def adam(model):
 
 def distance(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def hooks_of(optimizer):
+    return [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+
+
+def snapshot(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
