@@ -228,4 +228,12 @@ def test_half_precision_and_autocast():
         return {name: p.detach().float() for name, p in model.named_parameters()}
 
     assert distance(run(True), run(False)) < 0.02
+    model, laplace = learned()
+    before = copy.deepcopy(model.bfloat16().state_dict())
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    with laplace.experience(model, still, samples=60):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        still.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert distance(run(True, autocast=True), run(False, autocast=True)) < 1e-6

@@ -74,12 +74,15 @@ def test_a_class_whose_step_calls_that_of_its_base(eps):
             for group in self.param_groups:
                 for p in group["params"]:
                     p.grad.mul_(0.5)
+            shown = [p.grad for group in self.param_groups for p in group["params"]]
             try:
                 handle = register_optimizer_step_pre_hook(interrupt)
                 super().step(closure)
             except KeyboardInterrupt:
                 handle.remove()
-            return super().step(closure)
+            super().step(closure)
+            here = [p.grad for group in self.param_groups for p in group["params"]]
+            assert all(one is other for one, other in zip(here, shown, strict=True))
 
     class Once(torch.optim.Adam):
         pass

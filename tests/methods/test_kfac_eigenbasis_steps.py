@@ -1,4 +1,4 @@
-"""Steps in the eigenbasis of Kronecker factors: what is left behind, what is remembered, what is refused."""
+"""Steps in the eigenbasis of Kronecker factors: what others find, what is remembered, what is turned."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from avalanche_gradproj.errors import ConfigurationError, StateError
+from avalanche_gradproj.errors import StateError
+from avalanche_gradproj.linalg.eigenbasis import Eigenbasis
 from avalanche_gradproj.methods.kfac import KroneckerLaplace
 from avalanche_gradproj.testing import no_host_round_trips
 from tests.methods.kfac_eigenbasis_setup import (
-    MODELS,
     Attentive,
     adam,
     data,
@@ -236,6 +236,21 @@ def test_packed_projections_of_which_some_are_left_alone():
     assert same.tolist() == [False] * 4 + [True] * 4 + [False] * 4
 
 
+def test_coordinates_of_weights_are_formed_once(monkeypatch):
+    """Later those of the gradient alone, until somebody writes to a layer."""
+    model, laplace = learned()
+    optimizer, into, calls = adam(model), Eigenbasis.into, []
+    monkeypatch.setattr(Eigenbasis, "into", lambda self, x: (calls.append(self), into(self, x))[1])
+    with laplace.experience(model, optimizer, samples=60):
+        for expected in (4, 2, 2, 3, 2):
+            if expected == 3:
+                with torch.no_grad():
+                    model[0].bias.add_(0.1)
+            calls.clear()
+            steps(laplace, model, optimizer, data(9), 1)
+            assert len(calls) == expected
+
+
 def test_no_step_waits_for_the_device():
     model, laplace = learned(Attentive)
     optimizer = OPTIMIZERS["weight decay"](model.parameters())
@@ -245,52 +260,6 @@ def test_no_step_waits_for_the_device():
             (F.cross_entropy(model(data(9)[0]), data(9)[1]) + laplace.penalty()).backward()
             with no_host_round_trips():
                 optimizer.step()
-
-
-@pytest.mark.parametrize(
-    ("options", "named"), [({}, "mode='separate'"), ({"mode": "online", "eigenbasis": 1}, "eigenbasis=1")]
-)
-def test_options_refused_by_name(options, named):
-    with pytest.raises(ConfigurationError, match=f"eigenbasis.*{named}" if "mode" not in options else named):
-        KroneckerLaplace(**{"eigenbasis": True, **options})
-
-
-def test_optimizers_refused_by_name_before_the_first_experience():
-    model, laplace = MODELS["linear"](), KroneckerLaplace(mode="online", eigenbasis=True)
-    with pytest.raises(ConfigurationError, match=r"needs the optimizer.*experience\(model, optimizer\)"):
-        laplace.start(model)
-    with pytest.raises(ConfigurationError, match=r"LBFGS needs 'closure'.*Adam"):
-        laplace.start(model, torch.optim.LBFGS(model.parameters()))
-    with pytest.raises(ConfigurationError, match=r"is a list, expected a torch.optim.Optimizer"):
-        laplace.start(model, [torch.optim.SGD(model.parameters())])
-    optimizer = adam(model)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    with laplace.experience(model, optimizer):
-        steps(laplace, model, optimizer, data(0), 2)
-    laplace.consolidate(model, [data(0)[0]])
-    with laplace.experience(model, optimizer):
-        steps(laplace, model, optimizer, data(0), 2)
-        scheduler.step()
-        steps(laplace, model, optimizer, data(0), 1)
-    neutral = KroneckerLaplace(0.0, mode="online", eigenbasis=True)
-    with neutral.experience(model):
-        pass
-
-
-@pytest.mark.parametrize("by_name", [False, True])
-def test_a_closure_is_refused_before_anything_changed(by_name):
-    model, laplace = learned()
-    optimizer, calls = adam(model), []
-    with laplace.experience(model, optimizer, samples=60):
-        F.cross_entropy(model(data(9)[0]), data(9)[1]).backward()
-        before, gradients = snapshot(model), [p.grad for p in model.parameters()]
-        closure = {"closure": lambda: calls.append(1)}
-        with pytest.raises(ConfigurationError, match=r"closure.*eigenbasis=False"):
-            optimizer.step(**closure) if by_name else optimizer.step(*closure.values())
-        assert distance(before, snapshot(model)) == 0
-        assert all(p.grad is own for p, own in zip(model.parameters(), gradients, strict=True))
-        optimizer.step(closure=None)
-    assert not calls
 
 
 def test_the_report_says_so():
