@@ -116,6 +116,7 @@ class KfacSettings:
         truncate: share of a factor's squared norm that is kept in eigenvectors, 1 for all of it.
         damping: added to the curvature of every penalised parameter.
         refresh_every: steps in one of which all products of the penalty are formed, in the others a sample.
+        eigenbasis: the optimizer steps in the eigenbasis of each layer's factors.
     """
 
     strength: float = setting(1.0, minimum=0)
@@ -125,6 +126,7 @@ class KfacSettings:
     truncate: float = setting(1.0, above=0, maximum=1)
     damping: float = setting(0.0, minimum=0)
     refresh_every: int = setting(1, minimum=1)
+    eigenbasis: bool = setting(False)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from avalanche_gradproj.errors import DataError, StateError, choice
+from avalanche_gradproj.errors import StateError, choice
 from avalanche_gradproj.layers.select import Coverage, cover
 from avalanche_gradproj.linalg.cross_entropy import FISHERS
 from avalanche_gradproj.methods.arguments import finite, kinds, one_number, optional_number, positive, share, strengths
 from avalanche_gradproj.methods.base import Forward, Penalty
+from avalanche_gradproj.methods.kfac_bases import Eigenbases
 from avalanche_gradproj.methods.kfac_factors import FactorPass
-from avalanche_gradproj.methods.kfac_labels import Criterion, at_most, check_criterion
+from avalanche_gradproj.methods.kfac_labels import Criterion, at_most, check_criterion, drawn
 from avalanche_gradproj.methods.kfac_memory import MODES, CurvatureMemory
 from avalanche_gradproj.methods.kfac_model import curvature_of, penalty_of, recentred, refuse_compiled
 from avalanche_gradproj.methods.kfac_penalty import QuadraticPenalty, TrainingExperience
@@ -64,6 +65,7 @@ class KroneckerLaplace(Penalty):
             truncation would not make products cheaper.
         damping: added to every eigenvalue of each experience's curvature of a sample, for every penalised parameter.
         refresh_every: calls in one of which all products are formed; in the others a sample of them (`linalg.kept`).
+        eigenbasis: let the optimizer step in the eigenbasis of the factors (`kfac_eigenbasis`), in online mode.
         include: patterns of layers to cover (see `layers.select.cover`).
         exclude: patterns of layers and parameters to leave alone.
         seed: of the generator that draws samples and labels; the global random state is not touched.
@@ -90,6 +92,7 @@ class KroneckerLaplace(Penalty):
         truncate: float | None = None,
         damping: float = 0.0,
         refresh_every: int = 1,
+        eigenbasis: bool = False,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         seed: int = 0,
@@ -102,6 +105,7 @@ class KroneckerLaplace(Penalty):
         self.truncate: float | None = optional_number("truncate", truncate, float, "a share above 0 and up to 1", share)
         self.damping: float = one_number("damping", damping, float, "a number from 0", finite)
         self.refresh_every: int = one_number("refresh_every", refresh_every, int, "a positive integer", positive)
+        self.eigenbasis, self._bases = eigenbasis, Eigenbases(eigenbasis, mode)
         self.seed: int = one_number("seed", seed, int, "an integer from 0 to 2**31", lambda v: 0 <= v <= 2**31)
         self.include, self.exclude = include, exclude
         self.criterion: Criterion | None = None
@@ -141,14 +145,8 @@ class KroneckerLaplace(Penalty):
         Raises:
             DataError: if there are fewer than `n_samples`.
         """
-        wanted, self._drawn_from = self.required_samples(), size
-        if wanted is None:
-            return torch.arange(size)
-        if size < wanted:
-            raise DataError(
-                f"the experience has {size} samples and n_samples={wanted} are to be drawn: give n_samples<={size}"
-            )
-        return torch.randperm(size, generator=self._generator(0))[:wanted]
+        self._drawn_from = size
+        return drawn(self.required_samples(), size, self._generator(0))
 
     def start(
         self,
@@ -162,30 +160,30 @@ class KroneckerLaplace(Penalty):
 
         Args:
             model: the model.
-            optimizer: any.
+            optimizer: any; `eigenbasis` needs it, and one whose step evaluates no model.
             heads: names of modules that are heads of one task.
             samples: N, samples of the experience; None for as many as the last one had.
 
         Raises:
             ModelError: for a model that cannot be covered (`layers.select.cover`), compiled, or on several devices.
-            ConfigurationError: for patterns that match nothing, `samples`, or a criterion that `fisher` is not of.
+            ConfigurationError: for patterns that match nothing, `samples`, a criterion or optimizer that will not do.
             StateError: if the model is not the one that the factors belong to.
         """
         samples = optional_number("samples", samples, int, "a positive integer", positive)
         if self._strength():
             check_criterion(self.criterion, self.fisher)
+        self._bases.check(optimizer, acts=bool(self._strength() or self._memory.forms))
         self._heads, self._samples = tuple(heads), samples
         coverage = self._cover(model)
         if self._strength():
             refuse_compiled(coverage)
-        first = next(iter(coverage.parameters.values()))
-        zero = torch.zeros((), device=first.device)
-        self._training = TrainingExperience(self._penalty_on(coverage), zero, model, coverage.units)
+        penalty, form = self._penalty_on(coverage), self._memory.whole
+        self._training = self._bases.training(model, coverage, penalty, form, optimizer, self.experiences)
         self._describe(model, coverage)
 
     def active(self) -> AbstractContextManager[None]:
-        """Return a context that does nothing: no step needs a hook."""
-        return nullcontext()
+        """Return the context in which steps are taken in the `eigenbasis`; without it, one that does nothing."""
+        return nullcontext() if self._training is None else self._bases.active(self._training)
 
     def penalty(self) -> Tensor:
         """Return the penalty at the present weights (see `refresh_every`), a differentiable scalar; 0 without one.
@@ -233,6 +231,7 @@ class KroneckerLaplace(Penalty):
             DataError: for no samples, or more than `n_samples`; and that of `kfac_factors.FactorPass.run`, as well as
                 its ModelError and NonFiniteError.
         """
+        self._bases.clear()
         coverage = self._cover(model)
         before, strength = self.bytes_held, self._strength()
         centres = recentred(coverage, self._memory.diagonal_names)
@@ -299,18 +298,21 @@ class KroneckerLaplace(Penalty):
 
     def _describe(self, model: nn.Module, coverage: Coverage) -> None:
         kept = self._memory.forms, self.mode, self.fisher, self.bytes_by_experience
-        self._report = laplace_report(model, coverage, *kept)
+        self._report = laplace_report(model, coverage, *kept, eigenbasis=self.eigenbasis)
 
     def _state(self) -> dict[str, Any]:
         return {
             "experiences": self.experiences,
             "last_samples": self._last_samples,
             "bytes": list(self.bytes_by_experience),
+            **self._bases.state(),
             **self._memory.state(),
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
         kinds(state, experiences=int, bytes=list, last_samples=int | None)
+        remembered = self._bases.checked(state)
         self._memory.load(state)
+        self._bases.remembered = remembered
         self.experiences, self._last_samples = state["experiences"], state["last_samples"]
         self.bytes_by_experience = list(state["bytes"])

@@ -63,6 +63,29 @@ def samples_of(batch: Any) -> int:
     return len(inputs)
 
 
+def drawn(n_samples: int | None, size: int, generator: torch.Generator) -> Tensor:
+    """Draw the samples of an experience that its factors are to be made of.
+
+    Args:
+        n_samples: how many, None for all.
+        size: samples of the experience.
+        generator: of the draw.
+
+    Returns:
+        Their indices.
+
+    Raises:
+        DataError: if there are fewer than `n_samples`.
+    """
+    if n_samples is None:
+        return torch.arange(size)
+    if size < n_samples:
+        raise DataError(
+            f"the experience has {size} samples and n_samples={n_samples} are to be drawn: give n_samples<={size}"
+        )
+    return torch.randperm(size, generator=generator)[:n_samples]
+
+
 def at_most(n_samples: int | None, batches: Iterable[Any]) -> Iterator[Any]:
     """Yield mini-batches.
 

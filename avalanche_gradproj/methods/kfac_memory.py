@@ -28,6 +28,11 @@ class CurvatureMemory:
         self._whole: Curvature | None = None
 
     @property
+    def whole(self) -> Curvature | None:
+        """The one form of the online mode with whole factors; None in separate mode, and before there is one."""
+        return self._whole or (self.forms[0] if self._mode == "online" and self.forms else None)
+
+    @property
     def bytes_held(self) -> int:
         """Bytes of all tensors, each counted once."""
         forms = self.forms + ([] if self._whole is None else [self._whole])

@@ -28,6 +28,7 @@ def laplace_report(
     bytes_by_experience: Sequence[int],
     *,
     held: Collection[str] = (),
+    eigenbasis: bool = False,
     notes: Sequence[str] = (),
 ) -> Report:
     """Make the report of a Laplace approximation.
@@ -40,6 +41,7 @@ def laplace_report(
         fisher: where labels come from.
         bytes_by_experience: bytes that each experience added.
         held: names of parameters that stay as the first experience leaves them.
+        eigenbasis: whether optimizers step in the eigenbasis of the factors.
         notes: what else there is to say, instead of what becomes of running statistics.
     """
     rows = []
@@ -71,6 +73,8 @@ def laplace_report(
             "one pair of factors a layer, averaged over experiences: cross terms stand for the sum of their products, "
             "which is lost unless all A, or all B, of a layer are equal"
         )
+    if eigenbasis:
+        lines.append("under a penalty, the optimizer steps in the eigenbasis of each layer's factors")
     lines += [f"experience {index}: {size} bytes" for index, size in enumerate(bytes_by_experience)]
     return Report(tuple(rows), (*lines, *(notes or statistics_notes(model, held=False))))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adagrad, Optimizer
 
 from avalanche_gradproj.layers.unit import Unit
 from avalanche_gradproj.linalg.subspace import Basis
@@ -102,5 +102,11 @@ def dismiss(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
 
 def forget(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Drop what an optimizer remembers of parameters (momentum, moments)."""
-    for parameter in parameters:
+    gone = {id(parameter): parameter for parameter in parameters}
+    for parameter in gone.values():
         optimizer.state.pop(parameter, None)
+    if isinstance(optimizer, Adagrad):  # makes its sums when it is made, and never again
+        for group in optimizer.param_groups:
+            own = [parameter for parameter in group["params"] if id(parameter) in gone]
+            if own:
+                optimizer.state.update(Adagrad(own, initial_accumulator_value=group["initial_accumulator_value"]).state)

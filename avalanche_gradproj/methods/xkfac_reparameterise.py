@@ -14,6 +14,7 @@ from avalanche_gradproj.errors import DataError, NonFiniteError
 from avalanche_gradproj.layers.merged import MergedUnit
 from avalanche_gradproj.layers.record import undisturbed
 from avalanche_gradproj.methods.kfac_labels import up_to
+from avalanche_gradproj.methods.optimizers import forget
 
 #: Samples whose statistics a reparameterised BatchNorm starts with; training replaces them within a few steps.
 STATISTICS_SAMPLES = 4096
@@ -111,8 +112,7 @@ def reparameterise(
     for unit, merged, mean, variance in changes:
         _write(unit, merged, mean, variance)
         if optimizer is not None:
-            for parameter in unit.parameters:
-                optimizer.state.pop(parameter, None)
+            forget(optimizer, unit.parameters)
     return [unit.name for unit in units]
 
 

@@ -46,6 +46,9 @@ class KFACLaplacePlugin(PenaltyPlugin):
         damping: added to every eigenvalue of a sample's curvature, centred like it.
         refresh_every: k, a departure from the paper that saves time: all of the penalty's products are formed in every
             k-th step, in between its gradient is estimated without bias. 1 is exact; see docs/kfac.md.
+        eigenbasis: a departure from the paper, for optimizers that scale single weights (Adam): they step in the
+            eigenbasis of each layer's factors, where the penalty is diagonal; loss and penalty stay what they are. In
+            online mode; see docs/kfac.md.
         include: shell-style patterns of layer names to cover; default all but heads of one task.
         exclude: patterns of layers or parameters to leave alone.
         seed: of the generator that draws samples and labels; the global random state is never touched.
@@ -71,6 +74,7 @@ class KFACLaplacePlugin(PenaltyPlugin):
         truncate: float | None = None,
         damping: float = 0.0,
         refresh_every: int = 1,
+        eigenbasis: bool = False,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         seed: int = 0,
@@ -84,6 +88,7 @@ class KFACLaplacePlugin(PenaltyPlugin):
             truncate=truncate,
             damping=damping,
             refresh_every=refresh_every,
+            eigenbasis=eigenbasis,
             include=include,
             exclude=exclude,
             seed=seed,

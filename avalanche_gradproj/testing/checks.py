@@ -86,14 +86,21 @@ class _Interrupt(Naive.PLUGIN_CLASS):
             raise _StopError
 
 
+def hooked(optimizer: Any) -> bool:
+    """Whether an optimizer has hooks around its step."""
+    kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    return any(getattr(optimizer, kind, None) for kind in kinds)
+
+
 def leftovers(model: nn.Module, learner: Any) -> list[str]:
-    """Return the hooks, patches and modes that a method left on a model or strategy."""
+    """Return the hooks, patches and modes that a method left on a model, optimizer or strategy."""
     found = []
     for name, module in model.named_modules():
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         found += [f"{kind} of {name!r}" for kind in kinds if getattr(module, kind)]
         found += [f"patched forward of {name!r}"] if "forward" in module.__dict__ else []
     found += [f"hook on {name!r}" for name, p in model.named_parameters() if getattr(p, "_backward_hooks", None)]
+    found += ["hooks of the optimizer"] if hooked(getattr(learner, "optimizer", None)) else []
     found += ["patched training_epoch"] if "training_epoch" in learner.__dict__ else []
     return found
 

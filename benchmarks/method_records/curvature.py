@@ -21,6 +21,7 @@ def _kfac(settings: KfacSettings, seed: int) -> list[Any]:
             truncate=settings.truncate if settings.truncate < 1 else None,
             damping=settings.damping,
             refresh_every=settings.refresh_every,
+            eigenbasis=settings.eigenbasis,
             seed=seed,
         )
     ]

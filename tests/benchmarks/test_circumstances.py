@@ -174,6 +174,8 @@ def test_verify_sees_other_settings():
         ({"lr": 0.1, "strength": 2.0}, {"lr": 0.1, "strength": 2.0}, True),
         ({"lr": 0.1, "strength": 2.0, "refresh_every": 1}, {"lr": 0.1, "strength": 2.0}, True),  # came later
         ({"lr": 0.1, "strength": 2.0, "refresh_every": 4}, {"lr": 0.1, "strength": 2.0}, False),
+        ({"lr": 0.1, "eigenbasis": False}, {"lr": 0.1}, True),
+        ({"lr": 0.1, "eigenbasis": True}, {"lr": 0.1}, False),
         ({"lr": 0.1, "reset_optimizer": False}, {"lr": 0.1}, True),
         ({"lr": 0.1, "reset_optimizer": True}, {"lr": 0.1}, False),
         ({"lr": 0.1, "strength": 1.0}, {"lr": 0.1}, False),

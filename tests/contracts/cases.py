@@ -87,6 +87,8 @@ _BAD_KFAC = [
     (lambda: KFACLaplacePlugin(damping=-1e-3), "damping=-0.001"),
     (lambda: KFACLaplacePlugin(refresh_every=0), "refresh_every=0"),
     (lambda: KFACLaplacePlugin(refresh_every=2.5), "refresh_every=2.5"),
+    (lambda: KFACLaplacePlugin(eigenbasis="yes", mode="online"), "eigenbasis='yes'"),
+    (lambda: KFACLaplacePlugin(eigenbasis=True), "mode='separate'"),
     (lambda: KFACLaplacePlugin(seed=1.5), "seed=1.5"),
     (lambda: KFACLaplacePlugin(record_batch_size=0), "record_batch_size=0"),
 ]
@@ -174,6 +176,12 @@ CASES = [
     MethodCase(
         "kfac-adam",
         _kfac(2.0, fisher="exact", truncate=0.8, mode="online", refresh_every=3),
+        optimizer=lambda p: torch.optim.Adam(p, lr=0.01),
+    ),
+    MethodCase(
+        "kfac-eigenbasis",
+        _kfac(2.0, mode="online", eigenbasis=True),
+        neutral=_kfac(0.0, mode="online", eigenbasis=True),
         optimizer=lambda p: torch.optim.Adam(p, lr=0.01),
     ),
     MethodCase("xkfac", _xkfac(), neutral=_xkfac(0.0), bad_arguments=_BAD_XKFAC),
