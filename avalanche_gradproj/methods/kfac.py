@@ -14,18 +14,19 @@ from avalanche_gradproj.errors import StateError, choice
 from avalanche_gradproj.layers.select import Coverage, cover
 from avalanche_gradproj.linalg.cross_entropy import FISHERS
 from avalanche_gradproj.methods.arguments import finite, kinds, one_number, optional_number, positive, share, strengths
-from avalanche_gradproj.methods.base import Forward, Penalty
+from avalanche_gradproj.methods.base import Forward
 from avalanche_gradproj.methods.kfac_bases import Eigenbases
 from avalanche_gradproj.methods.kfac_factors import FactorPass
 from avalanche_gradproj.methods.kfac_labels import Criterion, at_most, check_criterion, drawn
 from avalanche_gradproj.methods.kfac_memory import MODES, CurvatureMemory
 from avalanche_gradproj.methods.kfac_model import curvature_of, penalty_of, recentred, refuse_compiled
-from avalanche_gradproj.methods.kfac_penalty import QuadraticPenalty, TrainingExperience
+from avalanche_gradproj.methods.kfac_penalty import QuadraticPenalty
 from avalanche_gradproj.methods.kfac_report import laplace_report
+from avalanche_gradproj.methods.kfac_training import QuadraticMethod, TrainingExperience
 from avalanche_gradproj.methods.report import Report
 
 
-class KroneckerLaplace(Penalty):
+class KroneckerLaplace(QuadraticMethod):
     """The core of K-FAC Laplace: a Gaussian posterior of the weights, with Kronecker factors, as the next prior.
 
     In a plain loop::
@@ -124,11 +125,6 @@ class KroneckerLaplace(Penalty):
         """Bytes of all factors, diagonals and centres."""
         return self._memory.bytes_held
 
-    @property
-    def penalising(self) -> bool:
-        """Whether the experience in training has a penalty."""
-        return self._training is not None and self._training.penalty is not None
-
     def required_samples(self) -> int | None:
         """Return `n_samples`, or None where the next experience is left out."""
         return self.n_samples if self._strength() else None
@@ -184,38 +180,6 @@ class KroneckerLaplace(Penalty):
     def active(self) -> AbstractContextManager[None]:
         """Return the context in which steps are taken in the `eigenbasis`; without it, one that does nothing."""
         return nullcontext() if self._training is None else self._bases.active(self._training)
-
-    def penalty(self) -> Tensor:
-        """Return the penalty at the present weights (see `refresh_every`), a differentiable scalar; 0 without one.
-
-        Raises:
-            StateError: outside of an experience.
-        """
-        if self._training is None:
-            raise StateError("penalty() was called outside of an experience: use it inside `with experience(model)`")
-        return self._training.zero if self._training.penalty is None else self._training.penalty.value()
-
-    @property
-    def adds_gradient(self) -> bool:
-        """Whether `add_gradient` may take the place of `penalty` in this step: nobody watches the gradients' making."""
-        return self._training is not None and self._training.penalty is not None and self._training.penalty.adds
-
-    def add_gradient(self) -> Tensor:
-        """Add the penalty's gradient to `.grad`, after the backward pass of the loss alone; return its value.
-
-        The same as to add `penalty()` to the loss, up to rounding, and cheaper: autograd has no part in it. The value
-        is a constant.
-
-        Raises:
-            StateError: outside of an experience.
-        """
-        if self._training is None or self._training.penalty is None:
-            return self.penalty()
-        return self._training.penalty.add_gradient()
-
-    def finish(self) -> None:
-        """End the training of an experience: let go of the model."""
-        self._training = None
 
     def consolidate(self, model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
         """Take the factors of the experience just learned; after an error they are what they were.

@@ -18,7 +18,8 @@ from avalanche_gradproj.linalg.eigenbasis import Eigenbasis
 from avalanche_gradproj.methods.arguments import kinds, switches
 from avalanche_gradproj.methods.kfac_curvature import Curvature
 from avalanche_gradproj.methods.kfac_eigenbasis import TurnedSteps, TurnedUnit, check_optimizer, owned_by
-from avalanche_gradproj.methods.kfac_penalty import QuadraticPenalty, TrainingExperience
+from avalanche_gradproj.methods.kfac_penalty import QuadraticPenalty
+from avalanche_gradproj.methods.kfac_training import TrainingExperience
 from avalanche_gradproj.methods.optimizers import forget
 
 

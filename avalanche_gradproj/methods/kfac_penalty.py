@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from avalanche_gradproj.layers.unit import ParameterSlice, Unit
+from avalanche_gradproj.layers.unit import ParameterSlice
 from avalanche_gradproj.linalg.kept import KeptForm
 from avalanche_gradproj.linalg.kronecker import KroneckerTerm, quadratic
 from avalanche_gradproj.methods.kfac_accumulate import accumulate, add_vector, watched
@@ -262,25 +262,6 @@ class QuadraticPenalty:
         """Count a call; return whether it forms all products."""
         calls, self._calls = self._calls, self._calls + 1
         return calls % self._refresh_every == 0 or (calls < self._refresh_every and calls & (calls - 1) == 0)
-
-
-@dataclass
-class TrainingExperience:
-    """The experience in training.
-
-    Attributes:
-        penalty: None where there is none.
-        zero: a scalar on the model's device.
-        model: the model.
-        units: its covered layers.
-        entered: what entered BatchNorms in the last training step, for those who need it.
-    """
-
-    penalty: QuadraticPenalty | None
-    zero: Tensor
-    model: nn.Module
-    units: Sequence[Unit]
-    entered: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Fused(torch.autograd.Function):

@@ -199,12 +199,8 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
 
     @property
     def adds_gradient(self) -> bool:
-        """Whether `add_gradient` may be used: never, as weights and BatchNorms share the gradient, and scales act."""
+        """False: the penalty is differentiated through BatchNorms, and loss and penalty are weighted."""
         return False
-
-    def add_gradient(self) -> Tensor:
-        """Refuse: see `objective`."""
-        raise StateError("XK-FAC's penalty is differentiated through BatchNorms: call objective(loss).backward()")
 
     def objective(self, loss: Tensor) -> Tensor:
         """Return the weighted and scaled sum of a mini-batch's loss and the penalty; see `Penalty.objective`."""
@@ -286,16 +282,9 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
         return super()._factor_pass(model, coverage, forward, extended=self.inter_example, by_batch=by_batch, **further)
 
     def _describe(self, model: nn.Module, coverage: Coverage) -> None:
-        self._report = laplace_report(
-            model,
-            coverage,
-            self._memory.forms,
-            self.mode,
-            self.fisher,
-            self.bytes_by_experience,
-            held=self._plan.held_parameters(coverage, model),
-            notes=self._plan.notes(model),
-        )
+        kept = self._memory.forms, self.mode, self.fisher, self.bytes_by_experience
+        held, notes = self._plan.held_parameters(coverage, model), self._plan.notes(model)
+        self._report = laplace_report(model, coverage, *kept, held=held, notes=notes)
 
     def _state(self) -> dict[str, Any]:
         own = {"moved_for": self._moved_for, "balanced": self.balanced}

@@ -158,6 +158,9 @@ def test_not_where_somebody_watches_the_gradients_making(kind):
         for parameter in (model[0].weight, model[1].weight):  # of a matrix, of the diagonal
             handle = getattr(parameter, kind)(lambda *_: None)
             assert not laplace.adds_gradient
+            with pytest.raises(StateError, match="hooks of a parameter"):
+                laplace.add_gradient()
+            assert model[0].weight.grad is None
             handle.remove()
             assert laplace.adds_gradient
     assert not laplace.adds_gradient
@@ -174,10 +177,13 @@ def test_without_a_penalty_nothing_is_added():
 
 
 def test_xkfac_has_it_in_the_loss_alone():
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, CLASSES)), data()[0]
     xkfac = ExtendedKroneckerLaplace()
-    assert not xkfac.adds_gradient
-    with pytest.raises(StateError, match="objective"):
-        xkfac.add_gradient()
+    xkfac.consolidate(model, [x])
+    with xkfac.experience(model, samples=12, batches=[x]):
+        assert not xkfac.adds_gradient
+        with pytest.raises(StateError, match=r"XK-FAC.*objective"):
+            xkfac.add_gradient()
 
 
 def test_a_slice_of_a_parameter():
