@@ -10,8 +10,8 @@ from avalanche_gradproj.linalg.moments import accumulation_dtype
 #: Columns of a panel: on a processor; and on accelerators, which smaller products leave idle, at least that many and
 #: as many as make six panels.
 _PANEL, _WIDE_PANEL, _PANELS = 64, 128, 6
-#: Rows that are multiplied at once, at most where 2 d are fewer; and numbers (1 MB in float32) up to which so many are
-#: held. A product of more rows would be no faster, and its sums less exact.
+#: Rows whose products are summed up in the rows' type, at most where d are fewer: more would be less exact. And numbers
+#: (1 MB in float32) up to which so many rows are held, though d would do.
 _ROWS, _HELD = 4096, 2**18
 #: Held rows begin at multiples of so many numbers (64 bytes in float32): products of unaligned ones take a third more
 #: time. Where they would be a multiple of `_ALIAS` apart (4 KB) they are moved on, since the processor's caches would
@@ -22,14 +22,13 @@ _ALIGN, _ALIAS = 16, 1024
 class MomentSums:
     """Sum of a a^T, and of a, over rows a.
 
-    Products run in the rows' own type (half precision is widened to float32), over 4096 or 2 d rows at most, and are
-    summed up in float64: unlike a basis, a factor is used as it is, never through its small singular values. Rows are
-    copied to where they are held until there are 2 d of them, or more where d is small: adding d^2 numbers for each
-    mini-batch of a few rows would cost as much as their product.
+    Products run in the rows' own type (half precision is widened to float32) and are summed up in it over 4096 rows, or
+    d if that is more, and beyond that in float64: unlike a basis, a factor is used as it is, never through its small
+    singular values. Rows are copied to where they are held until there are d of them, or more where d is small: to go
+    over d^2 numbers for each mini-batch of a few rows would cost as much as their product.
 
-    Memory: 8 d^2 bytes a block; and while rows come, as much again for those that are held, but at least 1 MB (and
-    twice as much where the rows are float64). Products of panels take up to 256 d bytes more, on accelerators
-    2/3 d^2 or 512 d. With several blocks rows that come in numbers are not held, and products take 4 d^2 a block.
+    Memory: 8 d^2 bytes a block; while rows come, 4 d^2 more for those that are held, but at least 1 MB, and 4 d^2 for
+    products (a little over half of it where there is one block). Twice as much while rows in float64 come.
 
     Args:
         blocks: independent matrices (groups of a convolution).
@@ -46,13 +45,16 @@ class MomentSums:
         if features >= 4 * _ALIGN:
             self._stride += -features % _ALIGN
             self._stride += 0 if self._stride % _ALIAS else _ALIGN
-        self._capacity = max(2 * features, min(_ROWS, _HELD // (blocks * self._stride)))
+        self._capacity = max(features, min(_ROWS, _HELD // (blocks * self._stride)))
         self._moment: Tensor | None = None
         self._sum: Tensor | None = None
         # [blocks, capacity, stride], the constant in place; and its view without the constant.
         self._held: Tensor | None = None
         self._place = torch.empty(0)
         self._used = 0
+        # What is not yet in the moment: panels [step, d - begin] of the sum, in the rows' type, and of how many rows.
+        self._panels: list[Tensor] = []
+        self._pending = 0
 
     def update(self, rows: Tensor, *, mean: bool = False) -> None:
         """Add rows.
@@ -75,7 +77,7 @@ class MomentSums:
         self.count += count
         # Many rows are not held first where that gains nothing, or where there is room for few (many blocks).
         if count >= self._capacity and (self.blocks > 1 or self._stride == self._given):
-            for part in rows.split(max(_ROWS, self._capacity), dim=1):
+            for part in rows.split(max(_ROWS, self.features), dim=1):
                 self._fold(self._completed(part.to(dtype)))
         else:
             self._hold(rows, dtype)
@@ -121,9 +123,25 @@ class MomentSums:
             self._moment += rows.mT @ rows
             return
         # Panels from the diagonal to the right leave out most of the lower half, which is its mirror image.
-        matrix, total, step = rows[0], self._moment[0], self._step
-        for begin in range(0, self.features, step):
-            total[begin : begin + step, begin:] += matrix[:, begin : begin + step].T @ matrix[:, begin:]
+        matrix, step, begins = rows[0], self._step, range(0, self.features, self._step)
+        if self._pending + len(matrix) > max(_ROWS, self.features):
+            self._add_panels()
+        if not self._panels or self._panels[0].dtype != rows.dtype:
+            self._add_panels()
+            shapes = [(min(step, self.features - begin), self.features - begin) for begin in begins]
+            self._panels = [matrix.new_empty(shape) for shape in shapes]
+        for begin, panel in zip(begins, self._panels, strict=True):
+            left, right = matrix[:, begin : begin + step].T, matrix[:, begin:]
+            panel.addmm_(left, right, beta=1 if self._pending else 0)
+        self._pending += len(matrix)
+
+    def _add_panels(self) -> None:
+        """Add to the moment what is not yet in it."""
+        if self._moment is not None and self._pending:
+            for index, panel in enumerate(self._panels):
+                begin = index * self._step
+                self._moment[0, begin : begin + len(panel), begin:] += panel
+        self._pending = 0
 
     def moment(self, divisor: float) -> Tensor | None:
         """Return the sum of a a^T over `divisor` [blocks, features, features], exactly symmetric; None for no rows.
@@ -133,7 +151,8 @@ class MomentSums:
         if self._moment is None:
             return None
         self._fold_held()
-        self._held = None
+        self._add_panels()
+        self._held, self._place, self._panels = None, torch.empty(0), []
         result, step = self._moment / divisor, self._step
         # Block by block: to read a large matrix by columns costs several times as much as to form it by rows.
         for begin in range(0, self.features, step):
@@ -151,6 +170,7 @@ class MomentSums:
         if self._moment is None:
             return True
         self._fold_held()
+        self._add_panels()
         # Of the diagonal, since no entry is larger than the two that it shares a row or a column with.
         return bool(torch.isfinite(self._moment.diagonal(dim1=1, dim2=2)).all())
 
