@@ -133,9 +133,15 @@ class Factor:
         """
         if share is None or self.rest is not None:
             return self
-        thin = self.truncated(share)
         whole = 2.0 * self.size**2 * columns + OPERATION_COST
-        return thin if 4.0 * self.size * thin.rank * columns + 2 * OPERATION_COST < whole else self
+
+        def is_cheaper(rank: int) -> bool:
+            return 4.0 * self.size * rank * columns + 2 * OPERATION_COST < whole
+
+        if not is_cheaper(1):  # small factors: known without their eigenvectors
+            return self
+        thin = self.truncated(share)
+        return thin if is_cheaper(thin.rank) else self
 
     def plus(self, other: Factor) -> Factor:
         """Return the sum with another factor of as many rows; thin if both are and if that takes less memory."""
