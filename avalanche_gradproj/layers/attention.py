@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avalanche_gradproj.layers.unit import OnCall, ParameterSlice, Unit, with_constant
+from avalanche_gradproj.layers.unit import OnCall, ParameterSlice, Unit
 
 
 def attention_units(name: str, module: nn.Module) -> list[Unit]:
@@ -50,8 +50,8 @@ def attention_units(name: str, module: nn.Module) -> list[Unit]:
 def _projection(name: str, module: nn.Module, weight: ParameterSlice, bias: ParameterSlice | None) -> Unit:
     out, features = weight.stop - weight.start, weight.parameter.shape[1]
 
-    def rows(x: Tensor) -> Iterator[Tensor]:
-        yield with_constant(x.reshape(1, -1, features), bias is not None)
+    def bare_rows(x: Tensor) -> Iterator[Tensor]:
+        yield x.reshape(1, -1, features)
 
     return Unit(
         name=name,
@@ -61,7 +61,7 @@ def _projection(name: str, module: nn.Module, weight: ParameterSlice, bias: Para
         blocks=1,
         out=out,
         features=features + (bias is not None),
-        rows=rows,
+        bare_rows=bare_rows,
         output_rows=lambda y: y.reshape(1, -1, out),
         batch_dimension=1,  # inside, attention is sequence first whatever `batch_first` says
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avalanche_gradproj.layers.unit import ParameterSlice, Unit, with_constant
+from avalanche_gradproj.layers.unit import ParameterSlice, Unit
 
 #: Rows of a convolution are formed for so many images at a time that at most this many numbers exist at once (16 MB
 #: in float32): on large images the rows of one mini-batch alone would fill the memory.
@@ -69,7 +69,7 @@ def conv_units(name: str, module: nn.Module) -> list[Unit]:
     bias = module.bias is not None
     taps = module.in_channels // groups * math.prod(module.kernel_size)
 
-    def rows(x: Tensor) -> Iterator[Tensor]:
+    def bare_rows(x: Tensor) -> Iterator[Tensor]:
         x = x.reshape(-1, *x.shape[-space - 1 :])  # an input without the batch dimension is a batch of one
         numbers = groups * taps * max(1, math.prod(x.shape[2:]) // math.prod(module.stride))
         for part in x.split(max(1, CHUNK_NUMBERS // numbers)):
@@ -79,7 +79,7 @@ def conv_units(name: str, module: nn.Module) -> list[Unit]:
             # [n, groups, channels, *positions, *kernel] -> [groups, n, *positions, channels, *kernel]
             order = (1, 0, *range(3, 3 + space), 2, *range(3 + space, 3 + 2 * space))
             count = part.shape[0] * math.prod(positions)
-            yield with_constant(every.permute(order).reshape(groups, count, taps), bias)
+            yield every.permute(order).reshape(groups, count, taps)
 
     def output_rows(y: Tensor) -> Tensor:
         y = y.reshape(-1, *y.shape[-space - 1 :])
@@ -97,7 +97,7 @@ def conv_units(name: str, module: nn.Module) -> list[Unit]:
             blocks=groups,
             out=module.out_channels // groups,
             features=taps + bias,
-            rows=rows,
+            bare_rows=bare_rows,
             output_rows=output_rows,
         )
     ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from avalanche_gradproj.layers.unit import ParameterSlice, Unit, with_constant
+from avalanche_gradproj.layers.unit import ParameterSlice, Unit
 
 
 def linear_units(name: str, module: nn.Module) -> list[Unit]:
@@ -20,8 +20,8 @@ def linear_units(name: str, module: nn.Module) -> list[Unit]:
         raise TypeError(f"{name}: linear_units needs an nn.Linear, got {type(module).__name__}")
     bias = module.bias is not None
 
-    def rows(x: Tensor) -> Iterator[Tensor]:
-        yield with_constant(x.reshape(1, -1, module.in_features), bias)
+    def bare_rows(x: Tensor) -> Iterator[Tensor]:
+        yield x.reshape(1, -1, module.in_features)
 
     return [
         Unit(
@@ -32,7 +32,7 @@ def linear_units(name: str, module: nn.Module) -> list[Unit]:
             blocks=1,
             out=module.out_features,
             features=module.in_features + bias,
-            rows=rows,
+            bare_rows=bare_rows,
             output_rows=lambda y: y.reshape(1, -1, module.out_features),
             input_route=True,
         )

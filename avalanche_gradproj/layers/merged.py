@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from avalanche_gradproj.errors import DataError
 from avalanche_gradproj.layers.select import Coverage
-from avalanche_gradproj.layers.unit import Unit, with_constant
+from avalanche_gradproj.layers.unit import Unit
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,6 +37,11 @@ class MergedUnit(Unit):
 
     norm_name: str
     norm: _BatchNorm
+
+    @property
+    def constant(self) -> bool:
+        """True: the BatchNorm's shift sees the constant 1, if the layer's bias does not."""
+        return True
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -94,10 +99,6 @@ def merge(unit: Unit, norm_name: str, norm: _BatchNorm) -> MergedUnit:
         norm: the BatchNorm.
     """
 
-    def rows(x: Tensor) -> Iterator[Tensor]:
-        for part in unit.rows(x):
-            yield with_constant(part, unit.bias is None)
-
     def output_rows(y: Tensor) -> Tensor:
         if y.dim() > 1:
             y = y.movedim(1, -1)
@@ -110,8 +111,8 @@ def merge(unit: Unit, norm_name: str, norm: _BatchNorm) -> MergedUnit:
         bias=unit.bias,
         blocks=unit.blocks,
         out=unit.out,
-        features=unit.features + (unit.bias is None),
-        rows=rows,
+        features=unit.features + (not unit.constant),
+        bare_rows=unit.bare_rows,
         output_rows=output_rows,
         batch_dimension=unit.batch_dimension,
         norm_name=norm_name,

@@ -57,7 +57,8 @@ class Unit:
         blocks: independent matrices (groups of a convolution).
         out: rows of one matrix.
         features: columns of one matrix, the bias among them.
-        rows: layer input -> chunks [blocks, n, features] (the bias sees a constant 1), samples in order.
+        bare_rows: layer input -> chunks [blocks, n, features], samples in order; without the last feature where that is
+            `constant`.
         output_rows: tensor shaped like the layer's output -> [blocks, n, out].
         input_route: whether the module is a plain linear map of its only argument, so that the weight's gradient
             can be formed from projected inputs.
@@ -71,10 +72,20 @@ class Unit:
     blocks: int
     out: int
     features: int
-    rows: Callable[[Tensor], Iterator[Tensor]]
+    bare_rows: Callable[[Tensor], Iterator[Tensor]]
     output_rows: Callable[[Tensor], Tensor]
     input_route: bool = False
     batch_dimension: int = 0
+
+    @property
+    def constant(self) -> bool:
+        """Whether the last feature is the constant 1 that a bias sees."""
+        return self.bias is not None
+
+    def rows(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the rows of a layer input in chunks [blocks, n, features], samples in order, the constant with them."""
+        for part in self.bare_rows(x):
+            yield _with_constant(part) if self.constant else part
 
     @property
     def slices(self) -> tuple[ParameterSlice, ...]:
@@ -176,8 +187,6 @@ def _gradient_of(part: ParameterSlice) -> Tensor:
     return part.parameter.grad
 
 
-def with_constant(rows: Tensor, bias: bool) -> Tensor:
+def _with_constant(rows: Tensor) -> Tensor:
     """Append the constant 1 that the bias sees to rows [.., n, d]."""
-    if not bias:
-        return rows
     return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)

@@ -112,7 +112,7 @@ class Factor:
         # In the factor's own type: unlike a basis, a factor does not depend on its small eigenvalues.
         host = self.matrix.cpu() if self.matrix.device.type == "mps" else self.matrix
         values, vectors = torch.linalg.eigh(host)
-        values, vectors = values.double().flip(1).clamp(min=0), vectors.flip(2)
+        values = values.double().flip(1).clamp(min=0)
         energies = values.square()
         sums = energies.cumsum(1)
         # Kept is what those before leave missing of the share; nothing of a factor that is zero.
@@ -121,7 +121,7 @@ class Factor:
         left_out = torch.where(kept, 0, values).sum(1)
         rest = left_out / (self.size - count).clamp(min=1)
         above = torch.where(kept, values - rest[:, None], 0).clamp(min=0)[:, None, :rank]
-        matrix = vectors[:, :, :rank] * above.sqrt().to(vectors.dtype)
+        matrix = vectors[:, :, -rank:].flip(2) * above.sqrt().to(vectors.dtype)
         return Factor(matrix.to(self.matrix.device), rest.to(self.matrix))
 
     def cheaper(self, share: float | None, columns: int) -> Factor:
@@ -133,9 +133,15 @@ class Factor:
         """
         if share is None or self.rest is not None:
             return self
-        thin = self.truncated(share)
         whole = 2.0 * self.size**2 * columns + OPERATION_COST
-        return thin if 4.0 * self.size * thin.rank * columns + 2 * OPERATION_COST < whole else self
+
+        def is_cheaper(rank: int) -> bool:
+            return 4.0 * self.size * rank * columns + 2 * OPERATION_COST < whole
+
+        if not is_cheaper(1):  # small factors: known without their eigenvectors
+            return self
+        thin = self.truncated(share)
+        return thin if is_cheaper(thin.rank) else self
 
     def plus(self, other: Factor) -> Factor:
         """Return the sum with another factor of as many rows; thin if both are and if that takes less memory."""

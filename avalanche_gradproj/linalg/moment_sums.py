@@ -7,61 +7,114 @@ from torch import Tensor
 
 from avalanche_gradproj.linalg.moments import accumulation_dtype
 
-#: Columns of a panel at least, and panels at most: smaller products would run slower.
-_PANEL, _PANELS = 128, 6
+#: Columns of a panel: on a processor; and on accelerators, which smaller products leave idle, at least that many and
+#: as many as make six panels.
+_PANEL, _WIDE_PANEL, _PANELS = 64, 128, 6
+#: Rows whose products are summed up in the rows' type, at most where d are fewer: more would be less exact. And numbers
+#: (1 MB in float32) up to which so many rows are held, though d would do.
+_ROWS, _HELD = 4096, 2**18
+#: Held rows begin at multiples of so many numbers (64 bytes in float32): products of unaligned ones take a third more
+#: time. Where they would be a multiple of `_ALIAS` apart (4 KB) they are moved on, since the processor's caches would
+#: put them all in the same places: twice the time.
+_ALIGN, _ALIAS = 16, 1024
 
 
 class MomentSums:
     """Sum of a a^T, and of a, over rows a.
 
-    Products run in the rows' own type (half precision is widened to float32) and are summed up in float64: unlike a
-    basis, a factor is used as it is, never through its small singular values. Rows are held until there are d of them:
-    adding d^2 numbers for each mini-batch of a few rows would cost as much as their product.
+    Products run in the rows' own type (half precision is widened to float32) and are summed up in it over 4096 rows, or
+    d if that is more, and beyond that in float64: unlike a basis, a factor is used as it is, never through its small
+    singular values. Rows are copied to where they are held until there are d of them, or more where d is small: to go
+    over d^2 numbers for each mini-batch of a few rows would cost as much as their product.
 
-    Memory: 8 d^2 bytes a block, and up to twice d rows.
+    Memory: 8 d^2 bytes a block; while rows come, 4 d^2 more for those that are held, but at least 1 MB, and 4 d^2 for
+    products (a little over half of it where there is one block). Twice as much while rows in float64 come.
 
     Args:
         blocks: independent matrices (groups of a convolution).
         features: d, the length of a row.
+        constant: whether the last feature is the constant 1, which `update` is not given.
     """
 
-    def __init__(self, blocks: int, features: int) -> None:
+    def __init__(self, blocks: int, features: int, *, constant: bool = False) -> None:
         self.blocks, self.features = blocks, features
         #: Rows seen, in each block.
         self.count = 0
+        self._given = features - constant
+        self._stride = features
+        if features >= 4 * _ALIGN:
+            self._stride += -features % _ALIGN
+            self._stride += 0 if self._stride % _ALIAS else _ALIGN
+        self._capacity = max(features, min(_ROWS, _HELD // (blocks * self._stride)))
         self._moment: Tensor | None = None
         self._sum: Tensor | None = None
-        self._held: list[Tensor] = []
+        # [blocks, capacity, stride], the constant in place; and its view without the constant.
+        self._held: Tensor | None = None
+        self._place = torch.empty(0)
+        self._used = 0
+        # What is not yet in the moment: panels [step, d - begin] of the sum, in the rows' type, and of how many rows.
+        self._panels: list[Tensor] = []
+        self._pending = 0
 
     def update(self, rows: Tensor, *, mean: bool = False) -> None:
         """Add rows.
 
         Args:
-            rows: [blocks, n, features], any floating-point type.
+            rows: [blocks, n, features], without the constant, any floating-point type.
             mean: sum up the rows themselves too.
         """
-        rows = rows.detach()
-        rows = rows.float() if rows.element_size() < 4 else rows
-        if rows.shape[1] == 0:
+        rows, count = rows.detach(), rows.shape[1]
+        if count == 0:
             return
-        self.count += rows.shape[1]
+        dtype = torch.float32 if rows.element_size() < 4 else rows.dtype
         if self._moment is None:
             wide = accumulation_dtype(rows.device)
             self._moment = torch.zeros(self.blocks, self.features, self.features, dtype=wide, device=rows.device)
             self._sum = torch.zeros(self.blocks, self.features, dtype=wide, device=rows.device)
         if mean and self._sum is not None:
-            self._sum += rows.sum(dim=1)
-        if rows.shape[1] >= self.features:
-            self._fold(rows)
-            return
-        self._held.append(rows.clone())
-        if sum(held.shape[1] for held in self._held) >= self.features:
-            self._fold_held()
+            self._sum[:, : self._given] += rows.sum(dim=1, dtype=dtype)
+            self._sum[:, self._given :] += count
+        self.count += count
+        # Many rows are not held first where that gains nothing, or where there is room for few (many blocks).
+        if count >= self._capacity and (self.blocks > 1 or self._stride == self._given):
+            for part in rows.split(max(_ROWS, self.features), dim=1):
+                self._fold(self._completed(part.to(dtype)))
+        else:
+            self._hold(rows, dtype)
+
+    def _completed(self, rows: Tensor) -> Tensor:
+        """Return rows with the constant, if there is one."""
+        if self._given == self.features:
+            return rows
+        return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
+
+    def _hold(self, rows: Tensor, dtype: torch.dtype) -> None:
+        begin = 0
+        while begin < rows.shape[1]:
+            if self._held is None or self._held.dtype != dtype:
+                self._fold_held()
+                self._held = rows.new_empty(self.blocks, self._capacity, self._stride, dtype=dtype)
+                self._held[:, :, self._given :] = 1
+                self._place = self._held[:, :, : self._given]
+            count = min(rows.shape[1] - begin, self._capacity - self._used)
+            part = rows if count == rows.shape[1] else rows.narrow(1, begin, count)
+            self._place.narrow(1, self._used, count).copy_(part)
+            self._used += count
+            begin += count
+            if self._used == self._capacity:
+                self._fold_held()
 
     def _fold_held(self) -> None:
-        held, self._held = self._held, []
-        if held:
-            self._fold(held[0] if len(held) == 1 else torch.cat(held, dim=1))
+        if self._held is not None and self._used:
+            self._fold(self._held[:, : self._used, : self.features])
+        self._used = 0
+
+    @property
+    def _step(self) -> int:
+        """Columns of a panel."""
+        if self._moment is None or self._moment.device.type == "cpu":
+            return _PANEL
+        return self.features if self.features < 2 * _WIDE_PANEL else max(_WIDE_PANEL, -(-self.features // _PANELS))
 
     def _fold(self, rows: Tensor) -> None:
         if self._moment is None:
@@ -70,17 +123,56 @@ class MomentSums:
             self._moment += rows.mT @ rows
             return
         # Panels from the diagonal to the right leave out most of the lower half, which is its mirror image.
-        matrix, total = rows[0], self._moment[0]
-        step = self.features if self.features < 2 * _PANEL else max(_PANEL, -(-self.features // _PANELS))
-        for begin in range(0, self.features, step):
-            total[begin : begin + step, begin:] += matrix[:, begin : begin + step].T @ matrix[:, begin:]
+        matrix, step, begins = rows[0], self._step, range(0, self.features, self._step)
+        if self._pending + len(matrix) > max(_ROWS, self.features):
+            self._add_panels()
+        if not self._panels or self._panels[0].dtype != rows.dtype:
+            self._add_panels()
+            shapes = [(min(step, self.features - begin), self.features - begin) for begin in begins]
+            self._panels = [matrix.new_empty(shape) for shape in shapes]
+        for begin, panel in zip(begins, self._panels, strict=True):
+            left, right = matrix[:, begin : begin + step].T, matrix[:, begin:]
+            panel.addmm_(left, right, beta=1 if self._pending else 0)
+        self._pending += len(matrix)
+
+    def _add_panels(self) -> None:
+        """Add to the moment what is not yet in it."""
+        if self._moment is not None and self._pending:
+            for index, panel in enumerate(self._panels):
+                begin = index * self._step
+                self._moment[0, begin : begin + len(panel), begin:] += panel
+        self._pending = 0
 
     def moment(self, divisor: float) -> Tensor | None:
-        """Return the sum of a a^T over `divisor` [blocks, features, features], exactly symmetric; None for no rows."""
+        """Return the sum of a a^T over `divisor` [blocks, features, features], exactly symmetric; None for no rows.
+
+        Those that are held are let go of.
+        """
         if self._moment is None:
             return None
         self._fold_held()
-        return (self._moment.triu() + self._moment.triu(1).mT) / divisor
+        self._add_panels()
+        self._held, self._place, self._panels = None, torch.empty(0), []
+        result, step = self._moment / divisor, self._step
+        # Block by block: to read a large matrix by columns costs several times as much as to form it by rows.
+        for begin in range(0, self.features, step):
+            end = begin + step
+            corner = result[:, begin:end, begin:end]
+            corner.copy_(corner.triu() + corner.triu(1).mT)
+            result[:, end:, begin:end] = result[:, begin:end, end:].mT
+        return result
+
+    def is_finite(self) -> bool:
+        """Return whether no row held an infinity or a NaN, nor numbers whose squares are too large; True for no rows.
+
+        Waits for the device.
+        """
+        if self._moment is None:
+            return True
+        self._fold_held()
+        self._add_panels()
+        # Of the diagonal, since no entry is larger than the two that it shares a row or a column with.
+        return bool(torch.isfinite(self._moment.diagonal(dim1=1, dim2=2)).all())
 
     def mean(self) -> Tensor | None:
         """Return the mean row [blocks, features], where `mean` was asked for with every update; None for no rows."""

@@ -111,7 +111,8 @@ class FactorPass:
             return
         with batch_statistics(self._by_batch):
             directions, unclear = self._add_factors(batch, size, batch_dependent(self._model))
-        _refuse_coupled(list(unclear), batch_dependent(self._model))
+        if unclear:
+            _refuse_coupled(list(unclear), batch_dependent(self._model))
         if self._others or unclear:
             if self._by_batch:  # what the model predicts there is another distribution
                 logits = run_on(self._model, batch, self._forward)
@@ -139,7 +140,7 @@ class FactorPass:
             self._called = True
             if not torch.is_grad_enabled():  # the model's own no_grad: no gradient reaches the layer
                 return output
-            for rows in unit.rows(x.detach()):
+            for rows in unit.bare_rows(x.detach()):
                 self.sums.layers[unit.name].inputs.update(rows, mean=self._extended)
             output = _own(output)
             calls.append((unit, get_gradient_edge(output), columns))
@@ -231,8 +232,7 @@ class FactorPass:
     def _refuse_non_finite(self) -> None:
         for name, layer in self.sums.layers.items():
             for what, moments in (("its input", layer.inputs), ("its output's gradient", layer.outputs)):
-                moment = moments.moment(1.0)
-                if moment is not None and not bool(torch.isfinite(moment).all()):
+                if not moments.is_finite():
                     raise NonFiniteError(
                         f"layer {name!r}: {what} holds an infinity or a NaN, so that its factor would not be positive "
                         "semi-definite: training has diverged (lower the learning rate) or the data holds one"
@@ -247,7 +247,8 @@ class FactorPass:
 
 def _moments(unit: Unit) -> tuple[MomentSums, MomentSums, MomentSums]:
     blocks = unit.blocks
-    return MomentSums(blocks, unit.features), MomentSums(blocks, unit.out), MomentSums(blocks, unit.out)
+    inputs = MomentSums(blocks, unit.features, constant=unit.constant)
+    return inputs, MomentSums(blocks, unit.out), MomentSums(blocks, unit.out)
 
 
 def _key(edge: GradientEdge) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -131,7 +132,8 @@ def check_logits(logits: Any, size: int) -> None:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != size:
         came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(f"the model's output is {came}, expected logits [{size}, classes]: give such a `forward`")
-    if not bool(torch.isfinite(logits.detach().amax(dim=1)).all()):  # that of a row with a NaN is NaN
+    largest = logits.detach().amax(dim=1).abs()
+    if not bool((largest < math.inf).all()):  # that of a row with a NaN is NaN, which is not less than anything
         raise NonFiniteError(
             "a logit is an infinity or a NaN (or all of a sample are masked): training has diverged (lower the "
             "learning rate) or the data holds one"

@@ -203,3 +203,9 @@ def test_empirical_direction_is_the_gradient_of_the_loss():
     torch.testing.assert_close(found, z.grad)
     with pytest.raises(TypeError, match="labels"):
         list(logit_directions(z, "empirical"))
+
+
+def test_eigenvectors_are_not_formed_where_no_rank_would_be_cheaper(monkeypatch):
+    small = Factor(torch.ones(1, 10, 10))
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: pytest.fail("eigenvectors of a factor that stays whole"))
+    assert small.cheaper(0.99, 101) is small
