@@ -51,10 +51,15 @@ def perceptron(*, batch_norm: bool = False) -> nn.Module:
 
 
 def step(
-    model: nn.Module, x: Tensor, y: Tensor, method: KroneckerLaplace | None, lr: float = 1e-4
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    method: KroneckerLaplace | None,
+    lr: float = 1e-4,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Callable[[], None]:
     """Return one training step, with the penalty of a method whose experience has begun, as its plugin adds it."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)
 
     def run() -> None:
         optimizer.zero_grad()
@@ -87,11 +92,12 @@ def steps(
             torch.manual_seed(0)
             model = make().to(device).train()
             method = None if build is None else build()
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
             if method is not None:
                 method.consolidate(model, data.split(128))
                 further = {"batches": data.split(128)} if isinstance(method, ExtendedKroneckerLaplace) else {}
-                stack.enter_context(method.experience(model, samples=len(data), **further))
-            variants[name] = _repeated(step(model, data[:batch], y, method), KEPT)
+                stack.enter_context(method.experience(model, optimizer, samples=len(data), **further))
+            variants[name] = _repeated(step(model, data[:batch], y, method, optimizer=optimizer), KEPT)
         timings = in_turn(variants, repeats=repeats, warmup=3)
     return [replace(timing, seconds=timing.seconds / KEPT) for timing in timings]
 
@@ -124,11 +130,16 @@ def measurements(device: torch.device) -> Iterator[Measurement]:
         **{f"XK-FAC, truncated at {share}": _extended(share) for share in SHARES},
         f"XK-FAC, whole factors, {kept}": lambda: ExtendedKroneckerLaplace(refresh_every=KEPT),
     }
+    turned: dict[str, Callable[[], KroneckerLaplace]] = {
+        "K-FAC Laplace, whole factors, steps in the eigenbasis": lambda: KroneckerLaplace(
+            mode="online", eigenbasis=True
+        )
+    }
     flat, pictures = partial(images, MLP_SAMPLES, 1, 28), partial(images, ALEXNET_SAMPLES, 3, 32)
     name = f"perceptron 784-100-100-10, batch {MLP_BATCH}"
     yield (
         f"A step of K-FAC on the {name}, online",
-        lambda: steps(perceptron, flat(), MLP_BATCH, variants("online"), device),
+        lambda: steps(perceptron, flat(), MLP_BATCH, {**variants("online"), **turned}, device),
     )
     yield (
         f"A step of XK-FAC on the {name}, with BatchNorm",
