@@ -5,9 +5,10 @@ With C = sum of Kronecker products and X_0 where the products were last formed, 
     C X_0 + C~ (X - X_0)        C~ X = B X (L L^T + m R_j R_j^T)  for  C X = B X A
 
 A = sum of s_i u_i u_i^T. The columns of L are its leading eigenvectors times the roots of their eigenvalues, the others
-are dealt out to m blocks R_1 .. R_m, so that each has its share of large and small ones, and every call takes the next
-block. The mean of C~ over the blocks is C: nothing reacts late, and nothing is left out. (Stochastic gradients with a
-control variate: Johnson, Zhang, NeurIPS 2013. Here the sum is over eigenvectors, not samples.)
+are dealt out to m blocks R_1 .. R_m, so that each has its share of large and small ones. The mean of C~ over the blocks
+is C: nothing reacts late, and nothing is left out. (Stochastic gradients with a control variate: Johnson and Zhang,
+NeurIPS 2013. Here the sum is over eigenvectors, not samples.) Every call takes the next block, and the first one after
+all products were formed the block behind the one that it took the last time: each block meets every lag alike.
 
 A block's curvature counts m times in its call. There are as many leading eigenvectors, and as large blocks, as it takes
 for no direction to be stiffer by that than the stiffest one is: `m s <= s_1`, s the largest eigenvalue in a block.
@@ -36,7 +37,8 @@ class SampledTerm:
     """C~ of one term, block after block.
 
     Of a thin factor the part that is a multiple of the identity is left out: its curvature is small, and what was kept
-    of it reacts late. Memory: as many numbers as the factor has whose eigenvectors are dealt out.
+    of it reacts late. Memory: two to three times the factor whose eigenvectors are dealt out, as the leading ones are
+    beside each block.
 
     Args:
         term: with or without the axis of blocks.
@@ -130,7 +132,7 @@ class KeptForm:
         self._kept: Tensor | None = None
         self._there: Tensor | None = None
         self._value: Tensor | None = None
-        self._calls = 0
+        self._window, self._lag = -1, 0
         for term in terms:
             whole = _cost(term)
             # Finding the eigenvectors costs something too.
@@ -168,6 +170,7 @@ class KeptForm:
         return value, gradient
 
     def _all(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._window, self._lag = self._window + 1, 0
         gradient = self._split[0][0].product(x)
         for term, _ in self._split[1:]:
             gradient = gradient + term.product(x)
@@ -188,12 +191,12 @@ class KeptForm:
         moved, gradient = x - self._there, kept
         value = value + torch.dot(moved.flatten(), kept.flatten())
         for term, sampled in self._split:
-            left, right, square = sampled.product(moved, self._calls)
+            left, right, square = sampled.product(moved, self._window + self._lag)
             gradient, value = _plus_product(gradient, left, right), value + 0.5 * square
             if term.damping:
                 gradient = torch.add(gradient, moved, alpha=term.damping)
                 value = value + 0.5 * term.damping * moved.square().sum()
-        self._calls += 1
+        self._lag += 1
         return value, gradient
 
 

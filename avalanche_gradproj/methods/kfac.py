@@ -277,6 +277,6 @@ class KroneckerLaplace(QuadraticMethod):
         kinds(state, experiences=int, bytes=list, last_samples=int | None)
         remembered = self._bases.checked(state)
         self._memory.load(state)
-        self._bases.remembered = remembered
+        self._bases.remembered, self._bases.turned = remembered
         self.experiences, self._last_samples = state["experiences"], state["last_samples"]
         self.bytes_by_experience = list(state["bytes"])

@@ -41,9 +41,10 @@ def watched(parameters: Iterable[Tensor]) -> bool:
 
 
 def add_vector(vector: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """Add to the gradients of parameters, laid out one behind the other in one vector."""
+    """Add to the gradients of parameters, laid out one behind the other in one vector; not where one takes none."""
     begin = 0
     for parameter in parameters:
         part = vector[begin : begin + parameter.numel()]
-        dense_gradient(parameter).add_(part.view(parameter.shape))
+        if parameter.requires_grad:
+            dense_gradient(parameter).add_(part.view(parameter.shape))
         begin += parameter.numel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from avalanche_gradproj.errors import ConfigurationError
+from avalanche_gradproj.errors import ConfigurationError, StateError
 from avalanche_gradproj.layers.select import Coverage
 from avalanche_gradproj.layers.unit import Unit
 from avalanche_gradproj.linalg.eigenbasis import Eigenbasis
@@ -44,6 +45,7 @@ class Eigenbases:
     Attributes:
         remembered: how many experiences were learned when the optimizer last forgot what it knew of the layers: what
                 it has come to know since belongs to the coordinates of the factors after so many. -1 before.
+        turned: of which layers it has: name -> last columns that have no part in the basis.
 
     Raises:
         ConfigurationError: for a value that is no switch, or another mode.
@@ -57,6 +59,8 @@ class Eigenbases:
                 "mode='online', or eigenbasis=False"
             )
         self._used, self.remembered = used, -1
+        self.turned: dict[str, int] = {}
+        self._optimizer: weakref.ref[Optimizer] | None = None
         # By layer: the tensors that the factors are, columns apart, and the basis.
         self._found: dict[str, tuple[Tensor, Tensor, int, Eigenbasis]] = {}
 
@@ -85,11 +89,21 @@ class Eigenbases:
         steps = None
         if self._used and penalty is not None and form is not None and optimizer is not None:
             turned = self._turned(coverage.units, form, optimizer)
-            if self.remembered != experiences:
-                forget(optimizer, (parameter for own in turned if own.turns for parameter in own.unit.parameters))
-                self.remembered = experiences
+            self._forget(optimizer, turned, self.remembered != experiences)
+            self.remembered = experiences
             steps = TurnedSteps(optimizer, turned)
         return TurningExperience(penalty, zero, model, coverage.units, steps=steps)
+
+    def _forget(self, optimizer: Optimizer, turned: Sequence[TurnedUnit], anew: bool) -> None:
+        """Drop the optimizer's memory of layers whose coordinates change: of all turned, or of those turned otherwise."""
+        same = self._optimizer is None or self._optimizer() is optimizer  # unknown after a restart: what it was
+        known = self.turned if same else {}
+        coordinates = {own.unit.name: self._found[own.unit.name][2] for own in turned if own.turns}
+        for own in turned:
+            before, now = known.get(own.unit.name), coordinates.get(own.unit.name)
+            if before != now or (anew and now is not None):
+                forget(optimizer, own.unit.parameters)
+        self.turned, self._optimizer = coordinates, weakref.ref(optimizer)
 
     def check(self, optimizer: Optimizer | None, *, acts: bool) -> None:
         """Check that an optimizer's steps can be turned, where they, or later ones, are to be; see `check_optimizer`.
@@ -113,18 +127,22 @@ class Eigenbases:
 
     def state(self) -> dict[str, Any]:
         """Return what a restart in the middle of an experience needs: the coordinates of the optimizer's memory."""
-        return {"remembered": self.remembered} if self._used else {}
+        return {"remembered": self.remembered, "turned": dict(self.turned)} if self._used else {}
 
-    def checked(self, state: Mapping[str, Any]) -> int:
-        """Return `remembered` of a state; of one that was made without the eigenbasis, that nothing is.
+    def checked(self, state: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
+        """Return `remembered` and `turned` of a state; of one made without the eigenbasis, that nothing is.
 
         Raises:
             StateError: if it is damaged.
         """
         if not self._used or "remembered" not in state:
-            return -1
-        kinds(state, remembered=int)
-        return int(state["remembered"])
+            return -1, {}
+        kinds(state, remembered=int, turned=dict)
+        if not all(isinstance(name, str) and isinstance(apart, int) for name, apart in state["turned"].items()):
+            raise StateError(
+                f"the state's 'turned' is {state['turned']!r:.80}, expected names and numbers: it is damaged"
+            )
+        return state["remembered"], dict(state["turned"])
 
     def _turned(self, units: Sequence[Unit], form: Curvature, optimizer: Optimizer) -> list[TurnedUnit]:
         owned, turned, found = owned_by(optimizer), [], {}
@@ -146,5 +164,5 @@ class Eigenbases:
         return turned
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the bases: the factors have them."""
-        return {**self.__dict__, "_found": {}}
+        """Leave out the bases, which the factors have, and the optimizer."""
+        return {**self.__dict__, "_found": {}, "_optimizer": None}

@@ -54,8 +54,15 @@ class QuadraticMethod(Penalty):
 
     @property
     def adds_gradient(self) -> bool:
-        """Whether `add_gradient` may take the place of `penalty` in this step: nobody watches the gradients' making."""
-        return self._training is not None and self._training.penalty is not None and self._training.penalty.adds
+        """Whether `add_gradient` may take the place of `objective` in this step.
+
+        Not without a penalty, where hooks of parameters watch the gradients' making, and in subclasses that have a
+        `penalty` or `objective` of their own.
+        """
+        kind = type(self)
+        plain = kind.penalty is QuadraticMethod.penalty and kind.objective is Penalty.objective
+        training = self._training
+        return plain and training is not None and training.penalty is not None and training.penalty.adds
 
     def add_gradient(self) -> Tensor:
         """Add the penalty's gradient to `.grad`, after the backward pass of the loss alone; return its value.

@@ -197,11 +197,6 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
             self._training.entered.clear()
         return value
 
-    @property
-    def adds_gradient(self) -> bool:
-        """False: the penalty is differentiated through BatchNorms, and loss and penalty are weighted."""
-        return False
-
     def objective(self, loss: Tensor) -> Tensor:
         """Return the weighted and scaled sum of a mini-batch's loss and the penalty; see `Penalty.objective`."""
         if self._training is not None and not self.penalising:

@@ -195,9 +195,9 @@ def whole_experience(experience: Any) -> Any:
 
 
 def acts(plugin: Any, callback: str) -> bool:
-    """Whether a plugin has a callback of its own, such as `"after_backward"`."""
+    """Whether a plugin has a callback of its own, such as `"after_backward"`, by its class or by itself."""
     idle = getattr(BaseSGDPlugin, callback)
-    return getattr(type(plugin), callback, idle) is not idle
+    return callback in getattr(plugin, "__dict__", {}) or getattr(type(plugin), callback, idle) is not idle
 
 
 def acts_before(plugin: Any, plugins: Iterable[Any], callback: str) -> bool:
@@ -229,7 +229,12 @@ def run_inside(strategy: Any, context: Callable[[], Any]) -> None:
     strategy.training_epoch = run
 
 
+def wraps_epoch(call: Any) -> bool:
+    """Whether an epoch is one that `run_inside` runs in a context."""
+    return getattr(call, "wraps_epoch", False)
+
+
 def restore_epoch(strategy: Any) -> None:
     """Take back what `run_inside` left where the epoch never ran (early stopping)."""
-    if getattr(strategy.__dict__.get("training_epoch"), "wraps_epoch", False):
+    if wraps_epoch(strategy.__dict__.get("training_epoch")):
         del strategy.__dict__["training_epoch"]

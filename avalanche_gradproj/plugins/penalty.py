@@ -11,7 +11,7 @@ from avalanche.training.templates.base_sgd import BaseSGDTemplate
 from torch import nn
 
 from avalanche_gradproj.methods.base import Penalty
-from avalanche_gradproj.plugins.base import MethodPlugin, acts, acts_before
+from avalanche_gradproj.plugins.base import MethodPlugin, acts, acts_before, wraps_epoch
 from avalanche_gradproj.plugins.reading import mini_batches
 
 #: Heads that belong to one task: data of other tasks gives them no gradient. (Those of cosine layers, which grow by
@@ -30,10 +30,15 @@ def own_heads(model: nn.Module) -> list[str]:
 def alone_with_gradients(plugin: Any, strategy: Any) -> bool:
     """Whether a gradient that `plugin` adds after the backward pass counts as if its term had been part of the loss.
 
-    Not where the strategy has a backward pass of its own (it may scale the loss), and not beside plugins that act on
-    the loss before the backward pass (they may too), or on gradients before this one does.
+    Not where the strategy has a training loop or a backward pass of its own (it may scale the loss) or keeps the graph
+    (for others who differentiate the loss), and not beside plugins that act on the loss before the backward pass (they
+    may scale it too), or on gradients before this one does.
     """
-    if type(strategy).backward is not BaseSGDTemplate.backward or "backward" in vars(strategy):
+    kind, own = type(strategy), vars(strategy)
+    if kind.backward is not BaseSGDTemplate.backward or "backward" in own or getattr(strategy, "retain_graph", False):
+        return False
+    loop = own.get("training_epoch")
+    if not kind.training_epoch.__module__.startswith("avalanche.") or not (loop is None or wraps_epoch(loop)):
         return False
     changes_loss = any(acts(other, "before_backward") for other in strategy.plugins if other is not plugin)
     return not changes_loss and not acts_before(plugin, strategy.plugins, "after_backward")

@@ -91,17 +91,17 @@ def test_a_call_takes_the_leading_eigenvectors_and_one_block(out, d, blocks):
     form = KeptForm([own], 8)
     (_, sampled) = form._split[0]
     assert sampled.count > 2
-    start, held, sampled_calls = None, None, 0
+    start, held, window, lag = None, None, -1, 0
     for call, refresh in enumerate([False, False, False, True, False, False]):
         x = draw.normal(size=(blocks, out, d))
         value, gradient = form.quadratic(torch.from_numpy(x), refresh=refresh)
         left, right = dense(own.left), dense(own.right)
         if call == 0 or refresh:
-            start, held = x, apply(left, right, x, 0.3)
+            start, held, window, lag = x, apply(left, right, x, 0.3), window + 1, 0
             expected = held
             half = 0.5 * (x * held).sum()
         else:
-            block = sampled_calls % sampled.count
+            block = (window + lag) % sampled.count
             if d > out:
                 right = dealt(right, sampled.leading, sampled.count, block)
             else:
@@ -109,7 +109,7 @@ def test_a_call_takes_the_leading_eigenvectors_and_one_block(out, d, blocks):
             change = apply(left, right, x - start, 0.3)
             expected = held + change
             half = 0.5 * (start * held).sum() + ((x - start) * held).sum() + 0.5 * ((x - start) * change).sum()
-            sampled_calls += 1
+            lag += 1
         np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-8, atol=1e-10)
         assert value.item() == pytest.approx(half, rel=1e-9)
 
@@ -132,6 +132,26 @@ def test_the_mean_over_all_blocks_is_exact(out, d, squeezed):
     assert max((own - gradient).norm() / gradient.norm() for _, own in found) > 0.05
     torch.testing.assert_close(sum(own for _, own in found) / count, gradient, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(sum(own for own, _ in found) / count, value, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("every", [2, 3, 4, 5, 7, 8, 9])
+@pytest.mark.parametrize("decay", [0.1, 0.15, 0.3])
+def test_on_a_steady_way_every_direction_counts_alike(every, decay):
+    """Whatever the numbers of blocks and of calls have in common: no block may meet early or late calls alone."""
+    values = torch.exp(-decay * torch.arange(60.0, dtype=torch.float64))
+    own = KroneckerTerm(Factor(torch.eye(20, dtype=torch.float64)[None]), Factor(torch.diag(values)[None]))
+    form = KeptForm([own], every)
+    count, way = form._split[0][1].count, torch.ones(1, 20, 60, dtype=torch.float64)
+    assert count > 3
+    seen, true = torch.zeros(60, dtype=torch.float64), torch.zeros(60, dtype=torch.float64)
+    for call in range(every * count):
+        x = call * way
+        if call % every == 0:
+            start = x
+        gradient = form.quadratic(x, refresh=call % every == 0)[1]
+        seen += (gradient - start * values)[0, 0]
+        true += ((x - start) * values)[0, 0]
+    torch.testing.assert_close(seen / true, torch.ones_like(true), rtol=1e-9, atol=0)
 
 
 def test_of_a_thin_factor_the_multiple_of_the_identity_reacts_late():
@@ -168,7 +188,9 @@ def test_a_step_that_is_not_finite_leaves_no_trace():
     spoiled = x.clone()
     spoiled[0, 3, 4] = torch.inf
     first, other = KeptForm([term(0)], 4), KeptForm([term(0)], 4)
-    expected = [other.quadratic(at, refresh=at is x) for at in (x, 3 * x, 2 * x)][-1]
+    for _ in range(3):
+        other.quadratic(x, refresh=True)
+    expected = other.quadratic(2 * x, refresh=False)
     assert not torch.isfinite(form.quadratic(spoiled, refresh=True)[1]).all()  # of the step itself it is
     assert torch.isfinite(form.quadratic(x, refresh=False)[1]).all()  # from then on the sampled part alone
     form.quadratic(x, refresh=True)

@@ -84,11 +84,12 @@ def test_what_takes_no_gradient_gets_none_and_what_has_none_gets_the_penaltys():
     move(model)
     model[0].bias.requires_grad_(False)
     with laplace.experience(model, samples=12):
+        model[1].weight.requires_grad_(False)  # of the diagonal, in the middle of the experience
         laplace.penalty().backward()
         expected = gradients(model)
         model.zero_grad()
         laplace.add_gradient()
-    assert model[0].bias.grad is None
+    assert model[0].bias.grad is model[1].weight.grad is None
     for parameter, wanted in zip(model.parameters(), expected, strict=True):
         if wanted is not None:
             torch.testing.assert_close(parameter.grad, wanted, rtol=1e-11, atol=1e-13)
@@ -184,6 +185,21 @@ def test_xkfac_has_it_in_the_loss_alone():
         assert not xkfac.adds_gradient
         with pytest.raises(StateError, match=r"XK-FAC.*objective"):
             xkfac.add_gradient()
+
+
+class Muted(KroneckerLaplace):
+    """A penalty of its own."""
+
+    def penalty(self):
+        return 0 * super().penalty()
+
+
+def test_not_in_subclasses_with_a_penalty_of_their_own():
+    model, laplace = network(), Muted(2.0)
+    learn(laplace, model, data())
+    with laplace.experience(model, samples=12):
+        assert laplace.penalising
+        assert not laplace.adds_gradient
 
 
 def test_a_slice_of_a_parameter():

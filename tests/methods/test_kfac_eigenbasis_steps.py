@@ -177,6 +177,25 @@ def test_a_layer_that_is_frozen_and_unfrozen_in_between():
         assert optimizer.state[model[3].weight]["step"] == 6
 
 
+def test_a_layer_that_is_turned_no_more_or_otherwise_is_forgotten():
+    model, laplace = learned()
+    optimizer = adam(model)
+    with laplace.experience(model, optimizer, samples=60):
+        steps(laplace, model, optimizer, data(9), 3)
+    laplace.consolidate(model, [data(9)[0]])
+    model[0].bias.requires_grad_(False)  # so that the next experience does not turn it
+    with laplace.experience(model, optimizer, samples=60):
+        assert not optimizer.state[model[0].weight]
+        steps(laplace, model, optimizer, data(9), 2)
+    group = optimizer.param_groups[0]
+    bias = next(index for index, own in enumerate(group["params"]) if own is model[3].bias)
+    optimizer.add_param_group({**group, "params": [group["params"].pop(bias)]})
+    assert optimizer.state[model[3].weight]["step"] == 2
+    with laplace.experience(model, optimizer, samples=60):  # the same experience, in a basis without the bias
+        assert not optimizer.state[model[3].weight]
+        assert optimizer.state[model[0].weight]["step"] == 2
+
+
 class Branches(nn.Module):
     """A layer that not every step uses."""
 

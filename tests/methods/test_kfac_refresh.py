@@ -128,13 +128,13 @@ def test_a_pickle_in_training_goes_on_as_the_original():
     assert one.item() == other.item() > 0
 
 
-def dealt(matrix, leading, count):
-    """The matrix with its leading eigenvalues as they are, and those of the first block times the number of blocks."""
+def dealt(matrix, leading, count, block):
+    """The matrix with its leading eigenvalues as they are, and those of one block times the number of blocks."""
     values, vectors = np.linalg.eigh(matrix.numpy())
     values, vectors = values[::-1], vectors[:, ::-1]
     weights = np.zeros(len(values))
     weights[:leading] = 1
-    weights[leading::count] = count
+    weights[leading + block :: count] = count
     return torch.from_numpy(vectors @ np.diag(weights * values) @ vectors.T)
 
 
@@ -171,7 +171,7 @@ def test_what_is_kept_for_merged_layers_is_the_gradient_by_the_merged_matrix():
         (_, sampled), *none = xkfac._training.penalty._matrices[0]._kept[0]._split
         assert not none
         held = left @ shifts[2] @ right
-        held += left @ (shifts[3] - shifts[2]) @ dealt(right, sampled.leading, sampled.count)
+        held += left @ (shifts[3] - shifts[2]) @ dealt(right, sampled.leading, sampled.count, 2 % sampled.count)
         wanted = torch.autograd.grad(merged(rest[3]), list(model[:2].parameters()), [held[:, :-1], held[:, -1]])
         whole = left @ shifts[3] @ right
         other = torch.autograd.grad(merged(rest[3]), list(model[:2].parameters()), [whole[:, :-1], whole[:, -1]])

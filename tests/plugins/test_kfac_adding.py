@@ -39,11 +39,34 @@ class Scaled(Naive):
 
 
 class LossOnly(KFACLaplacePlugin):
-    """The reference: the penalty is always part of the loss."""
+    """The reference: the penalty is always part of the loss, as a plugin with an `after_backward` of its own has it."""
 
-    def _start(self, strategy, size):
-        super()._start(strategy, size)
-        self._alone = False
+    def after_backward(self, strategy, *args, **kwargs):
+        pass
+
+
+class OwnLoop(Naive):
+    """A training loop that knows no callbacks after the backward pass, and scales the loss for it."""
+
+    def training_epoch(self, **kwargs):
+        for batch in self.dataloader:
+            self.mbatch = batch
+            self._unpack_minibatch()
+            self.optimizer.zero_grad()
+            self._before_forward()
+            self.mb_output = self.forward()
+            self._after_forward()
+            self.loss = self.criterion()
+            self._before_backward()
+            (self.loss * 8).backward()
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= 8
+            self.optimizer_step()
+
+
+class GraphKept(Naive):
+    """Others may differentiate the loss again."""
 
 
 def noted(plugin):
@@ -55,11 +78,26 @@ def noted(plugin):
 
 def train(plugin, before=(), after=(), kind=Naive):
     learner = strategy(CASE, [*before, plugin, *after])
-    if kind is not Naive:
-        learner.__class__ = kind
+    learner.__class__ = kind
+    learner.retain_graph = kind is GraphKept
     for experience in stream().train_stream:
         learner.train(experience)
     return learner.model.state_dict()
+
+
+def late():
+    """A plugin whose callback is its own, not its class's."""
+    plugin = SupervisedTemplate.PLUGIN_CLASS()
+    plugin.before_backward = lambda strategy, **_: setattr(strategy, "loss", strategy.loss / 2)
+    return plugin
+
+
+class Adding(SupervisedTemplate.PLUGIN_CLASS):
+    """Appends a plugin in the middle of training."""
+
+    def before_training_epoch(self, strategy, *args, **kwargs):
+        if not any(isinstance(own, Accumulating) for own in strategy.plugins):
+            strategy.plugins.append(Accumulating())
 
 
 @pytest.mark.parametrize(
@@ -71,6 +109,10 @@ def train(plugin, before=(), after=(), kind=Naive):
         ((Accumulating,), (), Naive, False),
         ((), (Accumulating,), Naive, False),
         ((), (), Scaled, False),
+        ((), (), OwnLoop, False),
+        ((), (), GraphKept, False),
+        ((), (late,), Naive, False),
+        ((Adding,), (), Naive, False),
         ((), (lambda: GPMPlugin(0.9, n_samples=8),), Naive, True),
         ((lambda: GPMPlugin(0.9, n_samples=8),), (), Naive, False),
     ],
