@@ -95,7 +95,7 @@ class Eigenbases:
         return TurningExperience(penalty, zero, model, coverage.units, steps=steps)
 
     def _forget(self, optimizer: Optimizer, turned: Sequence[TurnedUnit], anew: bool) -> None:
-        """Drop the optimizer's memory of layers whose coordinates change: of all turned, or of those turned otherwise."""
+        """Drop the optimizer's memory of layers whose coordinates change: of all turned, or those turned otherwise."""
         same = self._optimizer is None or self._optimizer() is optimizer  # unknown after a restart: what it was
         known = self.turned if same else {}
         coordinates = {own.unit.name: self._found[own.unit.name][2] for own in turned if own.turns}
