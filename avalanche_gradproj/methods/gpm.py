@@ -208,7 +208,8 @@ class GradientProjectionMemory(GradientTransform):
         self.leak, self.stray = self._training.finish()
         warn_of_stray(self.stray, self._training.apply_to)
         sums = {name: both.tolist() for name, both in self._training.removed.items()}
-        self.removed_share = {name: part / whole if whole else 0.0 for name, (part, whole) in sums.items()}
+        # Rounding may leave the sum of a part above that of the whole.
+        self.removed_share = {name: min(1.0, part / whole) if whole else 0.0 for name, (part, whole) in sums.items()}
         self._training = None
 
     def consolidate(self, model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:

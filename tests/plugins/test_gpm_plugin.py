@@ -265,7 +265,7 @@ def test_metrics_reach_the_loggers(fast_loader):
             share = recorder.values[f"FreeShare/{prefix}/{layer}"]
             assert share == pytest.approx(1 - columns / plugin.bases[layer][0].shape[0])
             if index > 0:
-                assert 0 < recorder.values[f"RemovedShare/{prefix}/{layer}"] < 1
+                assert 0 < recorder.values[f"RemovedShare/{prefix}/{layer}"] <= 1
                 assert recorder.values[f"Leak/{prefix}/{layer}"] < 1e-4
         held = sum(block.numel() * 4 for blocks in plugin.bases.values() for block in blocks)
         assert recorder.values[f"BytesHeld/{prefix}/all"] == held
