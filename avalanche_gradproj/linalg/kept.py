@@ -88,10 +88,11 @@ def widths(values: Tensor) -> tuple[int, int]:
     """
     size = values.shape[-1]
     relative = values / values[..., :1].clamp(min=torch.finfo(values.dtype).tiny)
-    relative = relative if relative.dim() == 1 else relative.amax(dim=0)
+    # Read at once: a round trip for each number would add up on an accelerator.
+    shares: list[float] = (relative if relative.dim() == 1 else relative.amax(dim=0)).tolist()
     best, chosen = size, (size, 0)
     for leading in range(_COLUMNS, size, _COLUMNS):
-        most = math.floor(1.0 / max(float(relative[leading]), 1.0 / size))  # blocks that the stiffest in them allows
+        most = math.floor(1.0 / max(shares[leading], 1.0 / size))  # blocks that the stiffest in them allows
         width = _COLUMNS * math.ceil(math.ceil((size - leading) / most) / _COLUMNS)
         if leading + width < best:
             best, chosen = leading + width, (leading, width)
