@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from avalanche_gradproj.layers.unit import Unit
+from avalanche_gradproj.linalg.products import product
 from avalanche_gradproj.linalg.projection import OPERATION_COST, Projector
 
 #: Overhead of the hooks and of a backward function written in Python.
@@ -125,9 +126,9 @@ class ProjectedInputs:
             self.monitor(rows, gradients)
         transposed, projector = gradients.T, self.projector
         if self.unit.bias is None:
-            return transposed @ projector.remove(rows), None
+            return product(transposed, projector.remove(rows)), None
         kept, constant = projector.remove_with_constant(rows)
-        return transposed @ kept, transposed @ constant
+        return product(transposed, kept), transposed @ constant
 
     def remember(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Note the gradient that this backward pass hands to a parameter."""
@@ -153,7 +154,7 @@ class _LinearFromProjectedInputs(torch.autograd.Function):
         rows, flat = x, gradient
         if x.dim() != 2:
             rows, flat = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        towards_input = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        towards_input = product(flat, weight).view(x.shape) if ctx.needs_input_grad[0] else None
         of_weight, of_bias = layer.form(rows, flat)
         layer.remember(weight, of_weight)
         if of_bias is None:

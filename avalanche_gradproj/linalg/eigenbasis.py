@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avalanche_gradproj.linalg.kronecker import Factor
+from avalanche_gradproj.linalg.products import product
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,8 @@ def _product(left: Tensor, x: Tensor, right: Tensor) -> Tensor:
     rows, x = left.shape[1], x.to(left.dtype)
     if len(left) == 1:  # plain products are faster than batched ones
         left, x, right = left[0], x[0], right[0]
-    x = x @ right
-    product = left @ x if x.shape[-2] == rows else torch.cat([left @ x[..., :rows, :], x[..., rows:, :]], dim=-2)
-    return product if product.dim() == 3 else product[None]
+    x = product(x, right)
+    result = product(left, x[..., :rows, :])
+    if x.shape[-2] > rows:
+        result = torch.cat([result, x[..., rows:, :]], dim=-2)
+    return result if result.dim() == 3 else result[None]

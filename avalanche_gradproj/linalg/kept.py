@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from avalanche_gradproj.linalg.kronecker import Factor, KroneckerTerm
+from avalanche_gradproj.linalg.products import product
 from avalanche_gradproj.linalg.projection import OPERATION_COST
 
 #: Part of the cost of a product that a call may take on average to be worth what it approximates.
@@ -63,10 +64,10 @@ class SampledTerm:
         """
         columns = self._columns[call % self.count]
         if self._on_right:
-            inner = x @ columns
+            inner = product(x, columns)
             outer = self._term.left.on_left(inner)
             return outer, columns.mT, torch.dot(inner.flatten(), outer.flatten())
-        inner = columns.mT @ x
+        inner = product(columns.mT, x)
         outer = self._term.right.on_right(inner)
         return columns, outer, torch.dot(inner.flatten(), outer.flatten())
 
@@ -193,14 +194,9 @@ class KeptForm:
         value = value + torch.dot(moved.flatten(), kept.flatten())
         for term, sampled in self._split:
             left, right, square = sampled.product(moved, self._window + self._lag)
-            gradient, value = _plus_product(gradient, left, right), value + 0.5 * square
+            gradient, value = product(left, right, plus=gradient), value + 0.5 * square
             if term.damping:
                 gradient = torch.add(gradient, moved, alpha=term.damping)
                 value = value + 0.5 * term.damping * moved.square().sum()
         self._lag += 1
         return value, gradient
-
-
-def _plus_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return base + left right, in one operation."""
-    return torch.addmm(base, left, right) if base.dim() == 2 else torch.baddbmm(base, left, right)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from avalanche_gradproj.linalg.products import product
 from avalanche_gradproj.linalg.projection import OPERATION_COST
 
 #: Columns of a thin factor come in multiples of this in products.
@@ -63,19 +64,19 @@ class Factor:
     def on_left(self, x: Tensor) -> Tensor:
         """Return the factor times X [blocks, n, m]."""
         if self.rest is None:
-            return self.matrix @ x
-        inner = self.matrix.mT @ x
+            return product(self.matrix, x)
+        inner = product(self.matrix.mT, x)
         if isinstance(self.rest, float):
-            return torch.addmm(x, self.matrix, inner, beta=self.rest)
+            return product(self.matrix, inner, plus=x * self.rest)
         return torch.addcmul(self.matrix @ inner, x, self.rest[:, None, None])
 
     def on_right(self, x: Tensor) -> Tensor:
         """Return X [blocks, m, n] times the factor."""
         if self.rest is None:
-            return x @ self.matrix
-        inner = x @ self.matrix
+            return product(x, self.matrix)
+        inner = product(x, self.matrix)
         if isinstance(self.rest, float):
-            return torch.addmm(x, inner, self.matrix.mT, beta=self.rest)
+            return product(inner, self.matrix.mT, plus=x * self.rest)
         return torch.addcmul(inner @ self.matrix.mT, x, self.rest[:, None, None])
 
     def scaled(self, weight: float) -> Factor:
@@ -205,12 +206,7 @@ class KroneckerTerm:
         Args:
             x: [blocks, out, d], or without the first axis where the term is `squeezed`.
         """
-        if isinstance(self.right.rest, float) and self.left.size <= self.right.size:  # in the memory of B X
-            result = self.left.on_left(x)
-            inner = self.left.on_left(x @ self.right.matrix)
-            result = result.addmm_(inner, self.right.matrix.mT, beta=self.right.rest)
-        else:
-            result = self.left.on_left(self.right.on_right(x))
+        result = self.left.on_left(self.right.on_right(x))
         return torch.add(result, x, alpha=self.damping) if self.damping else result
 
     def scaled(self, weight: float, damping: float = 0.0) -> KroneckerTerm:

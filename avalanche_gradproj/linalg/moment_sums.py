@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from avalanche_gradproj.linalg.moments import accumulation_dtype
+from avalanche_gradproj.linalg.products import product
 
-#: Columns of a panel: on a processor; and on accelerators, which smaller products leave idle, at least that many and
-#: as many as make six panels.
-_PANEL, _WIDE_PANEL, _PANELS = 64, 128, 6
+#: Columns of a panel: at least that many, and as many as make six panels; smaller products run slower.
+_PANEL, _PANELS = 128, 6
 #: Rows whose products are summed up in the rows' type, at most where d are fewer: more would be less exact. And numbers
 #: (1 MB in float32) up to which so many rows are held, though d would do.
 _ROWS, _HELD = 4096, 2**18
@@ -28,7 +28,8 @@ class MomentSums:
     over d^2 numbers for each mini-batch of a few rows would cost as much as their product.
 
     Memory: 8 d^2 bytes a block; while rows come, 4 d^2 more for those that are held, but at least 1 MB, and 4 d^2 for
-    products (a little over half of it where there is one block). Twice as much while rows in float64 come.
+    products (a little over half of it where there is one block; while they are formed on a processor, as much as is
+    held once more). Twice as much while rows in float64 come.
 
     Args:
         blocks: independent matrices (groups of a convolution).
@@ -112,9 +113,7 @@ class MomentSums:
     @property
     def _step(self) -> int:
         """Columns of a panel."""
-        if self._moment is None or self._moment.device.type == "cpu":
-            return _PANEL
-        return self.features if self.features < 2 * _WIDE_PANEL else max(_WIDE_PANEL, -(-self.features // _PANELS))
+        return self.features if self.features < 2 * _PANEL else max(_PANEL, -(-self.features // _PANELS))
 
     def _fold(self, rows: Tensor) -> None:
         if self._moment is None:
@@ -124,15 +123,17 @@ class MomentSums:
             return
         # Panels from the diagonal to the right leave out most of the lower half, which is its mirror image.
         matrix, step, begins = rows[0], self._step, range(0, self.features, self._step)
-        if self._pending + len(matrix) > max(_ROWS, self.features):
+        other_type = bool(self._panels) and self._panels[0].dtype != rows.dtype
+        if other_type or self._pending + len(matrix) > max(_ROWS, self.features):
             self._add_panels()
-        if not self._panels or self._panels[0].dtype != rows.dtype:
-            self._add_panels()
-            shapes = [(min(step, self.features - begin), self.features - begin) for begin in begins]
-            self._panels = [matrix.new_empty(shape) for shape in shapes]
-        for begin, panel in zip(begins, self._panels, strict=True):
+        if not self._pending:
+            self._panels = []
+        for index, begin in enumerate(begins):
             left, right = matrix[:, begin : begin + step].T, matrix[:, begin:]
-            panel.addmm_(left, right, beta=1 if self._pending else 0)
+            if self._pending:
+                self._panels[index] = product(left, right, plus=self._panels[index])
+            else:
+                self._panels.append(product(left, right))
         self._pending += len(matrix)
 
     def _add_panels(self) -> None:

@@ -1,0 +1,188 @@
+"""Products by oneDNN: against plain ones in float64, for every layout of memory, and where they must not be taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from avalanche_gradproj.linalg import products
+from avalanche_gradproj.linalg.products import product
+
+
+def _numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float32)
+
+
+#: Layouts of a matrix [m, n] in memory.
+LAYOUTS = {
+    "rows": _numbers,
+    "columns": lambda m, n: _numbers(n, m).T,
+    "padded rows": lambda m, n: _numbers(m, n + 7)[:, 3 : 3 + n],
+    "padded columns": lambda m, n: _numbers(n, m + 7)[:, 2 : 2 + m].T,
+    "every other row": lambda m, n: _numbers(2 * m, n)[1::2],
+    "later rows": lambda m, n: _numbers(m + 3, n)[3:],
+    "every other number": lambda m, n: _numbers(m, 2 * n)[:, ::2],
+}
+
+
+class Counter:
+    """Takes the place of the operation, and counts its calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[bool, bool]] = []
+        kept = products._by_onednn
+
+        def counting(x: Tensor, y: Tensor, plus: Tensor | None) -> Tensor:
+            self.calls.append((y.is_contiguous() or y.T.is_contiguous(), plus is not None))
+            return kept(x, y, plus)
+
+        monkeypatch.setattr(products, "_has_onednn", lambda: True)
+        monkeypatch.setattr(products, "_by_onednn", counting)
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    if not products._has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    return Counter(monkeypatch)
+
+
+def _deviation(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("of_y", LAYOUTS)
+@pytest.mark.parametrize("of_x", LAYOUTS)
+def test_product_and_sum_agree_with_float64_for_every_layout(of_x: str, of_y: str, counter: Counter) -> None:
+    x, y, z = LAYOUTS[of_x](90, 211), LAYOUTS[of_y](211, 150), _numbers(90, 150)
+    before = [part.clone() for part in (x, y, z)]
+    with torch.no_grad():
+        alone, summed = product(x, y), product(x, y, plus=z)
+    assert len(counter.calls) == 2
+    assert _deviation(alone, x.double() @ y.double()) < 1e-6
+    assert _deviation(summed, z.double() + x.double() @ y.double()) < 1e-6
+    assert all(torch.equal(part, held) for part, held in zip((x, y, z), before, strict=True))
+    assert alone.is_contiguous()
+    assert summed.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_added_may_lie_anywhere(layout: str, counter: Counter) -> None:
+    x, y, z = _numbers(90, 211), _numbers(211, 150), LAYOUTS[layout](90, 150)
+    before = z.clone()
+    with torch.no_grad():
+        summed = product(x, y, plus=z)
+    assert counter.calls
+    assert _deviation(summed, z.double() + x.double() @ y.double()) < 1e-6
+    assert torch.equal(z, before)
+
+
+def test_the_operation_only_ever_meets_dense_second_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With others oneDNN takes code that is a thousand times slower."""
+    if not products._has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    seen: list[Tensor] = []
+
+    class Operation:
+        @staticmethod
+        def default(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+            seen.append(weight)
+            return x @ weight.T
+
+        @staticmethod
+        def binary(x: Tensor, plus: Tensor, weight: Tensor, *rest: object) -> Tensor:
+            seen.append(weight)
+            return plus + x @ weight.T
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", Operation)
+    with torch.no_grad():
+        for make in LAYOUTS.values():
+            product(_numbers(90, 211), make(211, 150))
+            product(_numbers(90, 211), make(211, 150), plus=_numbers(90, 150))
+    assert len(seen) == 2 * len(LAYOUTS)
+    assert all(weight.is_contiguous() or weight.T.is_contiguous() for weight in seen)
+
+
+def test_infinities_and_nans_come_through(counter: Counter) -> None:
+    x, y = _numbers(90, 211), _numbers(211, 150)
+    x[3, 5], x[7, 2] = torch.inf, torch.nan
+    with torch.no_grad():
+        result = product(x, y)
+    assert counter.calls
+    assert torch.isnan(result[7]).all()
+    assert not torch.isfinite(result[3]).any()
+    others = [row for row in range(90) if row not in (3, 7)]
+    assert torch.isfinite(result[others]).all()
+
+
+CASES = {
+    "small": (_numbers(10, 20), _numbers(20, 30)),
+    "float64": (_numbers(90, 211).double(), _numbers(211, 150).double()),
+    "half": (_numbers(90, 211).bfloat16(), _numbers(211, 150).bfloat16()),
+    "blocks": (_numbers(2, 90, 211), _numbers(2, 211, 150)),
+    "empty": (_numbers(0, 211), _numbers(211, 150)),
+    "no columns": (_numbers(90, 0), _numbers(0, 150)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_others_are_plain_products(case: str, counter: Counter) -> None:
+    x, y = CASES[case]
+    with torch.no_grad():
+        assert torch.equal(product(x, y), x @ y)
+        plus = torch.ones_like(x @ y)
+        torch.testing.assert_close(product(x, y, plus=plus), plus + x @ y, rtol=1e-2, atol=0.1)
+    assert not counter.calls
+
+
+def test_inside_autograd_the_product_is_plain_and_differentiable(counter: Counter) -> None:
+    x, y = _numbers(90, 211).requires_grad_(), _numbers(211, 150)
+    product(x, y).sum().backward()
+    torch.testing.assert_close(x.grad, y.sum(1).expand(90, -1))
+    assert not counter.calls
+
+
+def test_not_where_onednn_is_turned_off_or_under_autocast(counter: Counter) -> None:
+    x, y = _numbers(90, 211), _numbers(211, 150)
+    with torch.no_grad():
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert torch.equal(product(x, y), x @ y)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert product(x, y).dtype == torch.bfloat16
+        assert not counter.calls
+        product(x, y)
+    assert counter.calls
+
+
+class Missing:
+    def __getattr__(self, name: str) -> object:
+        raise AttributeError(name)
+
+
+def _wrong(x: Tensor, *rest: object) -> Tensor:
+    return x.new_zeros(len(x), 10)
+
+
+@pytest.mark.parametrize("kind", ["missing", "wrong numbers", "wrong arguments"])
+def test_without_the_operation_all_products_are_plain(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        default = binary = staticmethod(_wrong)
+
+    class Strict:
+        @staticmethod
+        def default(x: Tensor) -> Tensor:
+            return x
+
+        binary = default
+
+    fake = {"missing": Missing(), "wrong numbers": Wrong, "wrong arguments": Strict}[kind]
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", fake, raising=False)
+    products._has_onednn.cache_clear()
+    try:
+        x, y = _numbers(90, 211), _numbers(211, 150)
+        with torch.no_grad():
+            assert torch.equal(product(x, y), x @ y)
+        assert not products._has_onednn()
+    finally:
+        products._has_onednn.cache_clear()
