@@ -13,9 +13,8 @@ _PANEL, _PANELS = 128, 6
 #: Rows whose products are summed up in the rows' type, at most where d are fewer: more would be less exact. And numbers
 #: (1 MB in float32) up to which so many rows are held, though d would do.
 _ROWS, _HELD = 4096, 2**18
-#: Held rows begin at multiples of so many numbers (64 bytes in float32): products of unaligned ones take a third more
-#: time. Where they would be a multiple of `_ALIAS` apart (4 KB) they are moved on, since the processor's caches would
-#: put them all in the same places: twice the time.
+#: Numbers that are held of a feature come in multiples of the first (64 bytes in float32), and not in multiples of the
+#: second (4 KB): the processor's caches would put those of all features in the same places, which takes twice the time.
 _ALIGN, _ALIAS = 16, 1024
 
 
@@ -25,11 +24,11 @@ class MomentSums:
     Products run in the rows' own type (half precision is widened to float32) and are summed up in it over 4096 rows, or
     d if that is more, and beyond that in float64: unlike a basis, a factor is used as it is, never through its small
     singular values. Rows are copied to where they are held until there are d of them, or more where d is small: to go
-    over d^2 numbers for each mini-batch of a few rows would cost as much as their product.
+    over d^2 numbers for each mini-batch of a few rows would cost as much as their product. They are held transposed, a
+    feature's numbers side by side, as products read them.
 
     Memory: 8 d^2 bytes a block; while rows come, 4 d^2 more for those that are held, but at least 1 MB, and 4 d^2 for
-    products (a little over half of it where there is one block; while they are formed on a processor, as much as is
-    held once more). Twice as much while rows in float64 come.
+    products (a little over half of it where there is one block). Twice as much while rows in float64 come.
 
     Args:
         blocks: independent matrices (groups of a convolution).
@@ -42,16 +41,15 @@ class MomentSums:
         #: Rows seen, in each block.
         self.count = 0
         self._given = features - constant
-        self._stride = features
-        if features >= 4 * _ALIGN:
-            self._stride += -features % _ALIGN
-            self._stride += 0 if self._stride % _ALIAS else _ALIGN
-        self._capacity = max(features, min(_ROWS, _HELD // (blocks * self._stride)))
+        # Room for rows whose numbers of 1 MB come to, but at least d.
+        self._capacity = max(features, min(_ROWS, _HELD // (blocks * features)))
+        if self._capacity >= 4 * _ALIGN:
+            self._capacity += -self._capacity % _ALIGN
+            self._capacity += 0 if self._capacity % _ALIAS else _ALIGN
         self._moment: Tensor | None = None
         self._sum: Tensor | None = None
-        # [blocks, capacity, stride], the constant in place; and its view without the constant.
+        # [blocks, d, capacity], the constant in place.
         self._held: Tensor | None = None
-        self._place = torch.empty(0)
         self._used = 0
         # What is not yet in the moment: panels [step, d - begin] of the sum, in the rows' type, and of how many rows.
         self._panels: list[Tensor] = []
@@ -76,10 +74,10 @@ class MomentSums:
             self._sum[:, : self._given] += rows.sum(dim=1, dtype=dtype)
             self._sum[:, self._given :] += count
         self.count += count
-        # Many rows are not held first where that gains nothing, or where there is room for few (many blocks).
-        if count >= self._capacity and (self.blocks > 1 or self._stride == self._given):
+        # Many rows of many blocks are not held first: that would gain nothing.
+        if self.blocks > 1 and count >= self._capacity:
             for part in rows.split(max(_ROWS, self.features), dim=1):
-                self._fold(self._completed(part.to(dtype)))
+                self._fold(self._completed(part.to(dtype)).mT)
         else:
             self._hold(rows, dtype)
 
@@ -94,12 +92,11 @@ class MomentSums:
         while begin < rows.shape[1]:
             if self._held is None or self._held.dtype != dtype:
                 self._fold_held()
-                self._held = rows.new_empty(self.blocks, self._capacity, self._stride, dtype=dtype)
-                self._held[:, :, self._given :] = 1
-                self._place = self._held[:, :, : self._given]
+                self._held = rows.new_empty(self.blocks, self.features, self._capacity, dtype=dtype)
+                self._held[:, self._given :] = 1
             count = min(rows.shape[1] - begin, self._capacity - self._used)
             part = rows if count == rows.shape[1] else rows.narrow(1, begin, count)
-            self._place.narrow(1, self._used, count).copy_(part)
+            self._held[:, : self._given, self._used : self._used + count] = part.mT
             self._used += count
             begin += count
             if self._used == self._capacity:
@@ -107,7 +104,7 @@ class MomentSums:
 
     def _fold_held(self) -> None:
         if self._held is not None and self._used:
-            self._fold(self._held[:, : self._used, : self.features])
+            self._fold(self._held[:, :, : self._used])
         self._used = 0
 
     @property
@@ -115,26 +112,28 @@ class MomentSums:
         """Columns of a panel."""
         return self.features if self.features < 2 * _PANEL else max(_PANEL, -(-self.features // _PANELS))
 
-    def _fold(self, rows: Tensor) -> None:
+    def _fold(self, columns: Tensor) -> None:
+        """Add the products of rows that come as columns [blocks, d, n]."""
         if self._moment is None:
             return
         if self.blocks > 1:
-            self._moment += rows.mT @ rows
+            self._moment += columns @ columns.mT
             return
         # Panels from the diagonal to the right leave out most of the lower half, which is its mirror image.
-        matrix, step, begins = rows[0], self._step, range(0, self.features, self._step)
-        other_type = bool(self._panels) and self._panels[0].dtype != rows.dtype
-        if other_type or self._pending + len(matrix) > max(_ROWS, self.features):
+        matrix, step, begins = columns[0], self._step, range(0, self.features, self._step)
+        count = matrix.shape[1]
+        other_type = bool(self._panels) and self._panels[0].dtype != matrix.dtype
+        if other_type or self._pending + count > max(_ROWS, self._capacity):
             self._add_panels()
         if not self._pending:
             self._panels = []
         for index, begin in enumerate(begins):
-            left, right = matrix[:, begin : begin + step].T, matrix[:, begin:]
+            left, right = matrix[begin : begin + step], matrix[begin:].T
             if self._pending:
                 self._panels[index] = product(left, right, plus=self._panels[index])
             else:
                 self._panels.append(product(left, right))
-        self._pending += len(matrix)
+        self._pending += count
 
     def _add_panels(self) -> None:
         """Add to the moment what is not yet in it."""
@@ -153,7 +152,7 @@ class MomentSums:
             return None
         self._fold_held()
         self._add_panels()
-        self._held, self._place, self._panels = None, torch.empty(0), []
+        self._held, self._panels = None, []
         result, step = self._moment / divisor, self._step
         # Block by block: to read a large matrix by columns costs several times as much as to form it by rows.
         for begin in range(0, self.features, step):

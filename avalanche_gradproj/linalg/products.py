@@ -20,16 +20,16 @@ _LARGE = 2_000_000
 def product(x: Tensor, y: Tensor, plus: Tensor | None = None) -> Tensor:
     """Return X Y, or Z + X Y.
 
-    A plain `x @ y` but for rounding. oneDNN takes part where the matrices are large, of float32, on the CPU and outside
-    of autograd; the operation is torch's own, made for its compiler, and is checked once against the plain product:
-    should it be missing or do anything unexpected, all products are plain ones.
+    A plain `x @ y` but for rounding. oneDNN takes part where the matrices are large, of float32, on the CPU, and where
+    no gradient is to flow. The operation is torch's own, made for its compiler, and is checked once against the plain
+    product: should it be missing or do anything unexpected, all products are plain ones.
 
     Args:
         x: X [m, k], or with leading axes, which are always multiplied plainly.
         y: Y [k, n], with as many axes.
         plus: Z [m, n].
     """
-    if _is_large(x, y) and _has_onednn():
+    if _is_large(x, y) and not _differentiable(x, y, plus) and _has_onednn():
         return _by_onednn(x, y, plus)
     if plus is None:
         return x @ y
@@ -42,10 +42,13 @@ def _is_large(x: Tensor, y: Tensor) -> bool:
         and x.shape[0] * y.numel() >= _LARGE
         and x.dtype == y.dtype == torch.float32
         and x.device.type == y.device.type == "cpu"
-        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
     )
+
+
+def _differentiable(*parts: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
 
 
 def _by_onednn(x: Tensor, y: Tensor, plus: Tensor | None) -> Tensor:

@@ -34,11 +34,11 @@ def pieces(rows, sizes):
         (1, 2, 9001, [9001]),  # more rows at once than are held
         (1, 5, 9001, [1, 4095, 17, 4888]),
         (1, 63, 300, [64]),
-        (1, 64, 9000, [9000]),  # multiplied where they are
+        (1, 64, 9000, [9000]),  # one block, many at once
         (1, 65, 300, [7, 100]),
         (1, 160, 5000, [319, 2]),  # several panels, more rows than are held, and than are summed up in their own type
         (1, 1015, 40, [16]),  # held at multiples of 1040 numbers
-        (1, 192, 9000, [1, 4500]),  # several panels, multiplied where they are, and some held between
+        (1, 192, 9000, [1, 4500]),  # several panels, many at once, and some between
         (3, 4, 9001, [9001]),
         (3, 70, 5000, [3, 40, 4097]),
         (500, 3, 1200, [500, 9]),  # so many blocks that few rows are held

@@ -136,11 +136,23 @@ def test_others_are_plain_products(case: str, counter: Counter) -> None:
     assert not counter.calls
 
 
-def test_inside_autograd_the_product_is_plain_and_differentiable(counter: Counter) -> None:
-    x, y = _numbers(90, 211).requires_grad_(), _numbers(211, 150)
-    product(x, y).sum().backward()
-    torch.testing.assert_close(x.grad, y.sum(1).expand(90, -1))
+@pytest.mark.parametrize("which", ["x", "y", "plus"])
+def test_where_a_gradient_flows_the_product_is_plain_and_differentiable(which: str, counter: Counter) -> None:
+    parts = {"x": _numbers(90, 211), "y": _numbers(211, 150), "plus": _numbers(90, 150)}
+    parts[which].requires_grad_()
+    product(**parts).sum().backward()
+    expected = {"x": parts["y"].sum(1).expand(90, -1), "y": parts["x"].sum(0)[:, None].expand(-1, 150)}
+    torch.testing.assert_close(parts[which].grad, expected.get(which, torch.ones(90, 150)).to(torch.float32))
     assert not counter.calls
+    with torch.no_grad():
+        product(**parts)
+    assert len(counter.calls) == 1
+
+
+def test_that_gradients_are_recorded_changes_nothing_for_constants(counter: Counter) -> None:
+    with torch.enable_grad():
+        assert not product(_numbers(90, 211), _numbers(211, 150)).requires_grad
+    assert counter.calls
 
 
 def test_not_where_onednn_is_turned_off_or_under_autocast(counter: Counter) -> None:
