@@ -62,6 +62,23 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
+def kept_in_evaluation(model: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorms that the model itself leaves in evaluation mode when it is put into training mode.
+
+    That is how fixed BatchNorms are usually kept: the model's own `train` puts them back.
+
+    Args:
+        model: all modes stay as they are.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.train()
+        return [norm for norm in batch_norms(model).values() if not norm.training]
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 @contextmanager
 def batch_statistics(norms: Iterable[_BatchNorm]) -> Iterator[None]:
     """Normalise by the mini-batch while the context lasts, in evaluation mode too; running statistics do not move.

@@ -242,7 +242,10 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
         units = [] if training is None or training.penalty is None else merged_units(training.units)
         if not units or not self.reparameterise or self._moved_for == self.experiences:
             return
-        reparameterise(model, units, data, lambda batch: run_on(model, batch, forward), optimizer)
+        learned = {id(norm) for norm in self._plan.by_batch(units, model)}  # others stay fixed
+        units = [unit for unit in units if id(unit.norm) in learned]
+        if units:
+            reparameterise(model, units, data, lambda batch: run_on(model, batch, forward), optimizer)
         self._moved_for = self.experiences
 
     def _wanted(self, norm: str) -> bool:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from avalanche_gradproj.errors import ConfigurationError, ModelError, StateError, choice
 from avalanche_gradproj.layers.merged import MergedUnit, merged_coverage
-from avalanche_gradproj.layers.norm import batch_norms
+from avalanche_gradproj.layers.norm import batch_norms, kept_in_evaluation
 from avalanche_gradproj.layers.pairs import find_pairs
 from avalanche_gradproj.layers.select import Coverage, matches
 from avalanche_gradproj.layers.unit import Unit
@@ -130,11 +130,17 @@ class BatchNormPlan:
         return replace(coverage, frozen=[name for name in coverage.frozen if name not in held])
 
     def by_batch(self, units: Iterable[Unit], model: nn.Module) -> list[_BatchNorm]:
-        """Return the BatchNorms that go on normalising by the mini-batch, and keep statistics."""
+        """Return the BatchNorms that go on normalising by the mini-batch, and keep statistics.
+
+        Those are none that the model keeps in evaluation mode when it trains.
+        """
+        norms: list[_BatchNorm] = []
         if self._batchnorm == "merge":
-            return [unit.norm for unit in merged_units(units)]
-        norms = batch_norms(model).values() if self._batchnorm == "track" else ()
-        return [norm for norm in norms if norm.running_mean is not None]
+            norms = [unit.norm for unit in merged_units(units)]
+        elif self._batchnorm == "track":
+            norms = [norm for norm in batch_norms(model).values() if norm.running_mean is not None]
+        fixed = {id(norm) for norm in kept_in_evaluation(model)} if norms else set()
+        return [norm for norm in norms if id(norm) not in fixed]
 
     def held_norms(self, model: nn.Module) -> list[_BatchNorm]:
         """Return the BatchNorms that are held."""

@@ -122,3 +122,46 @@ def test_report_names_pairs():
         assert (row.treatment, row.layer) == ("penalised", "0")
         assert "BatchNorm '1'" in row.reason
     assert "1 (behind 0), 4 (behind 3)" in str(report)
+
+
+class KeptInEvaluation(nn.Sequential):
+    """BatchNorms that stay fixed in training, as those of a pretrained network often do."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.eval()
+        return self
+
+
+@pytest.mark.parametrize("batchnorm", ["merge", "track"])
+def test_batch_norms_that_the_model_keeps_in_evaluation_couple_no_samples(batchnorm):
+    """The factor at the merged layer's output is that of single samples, by one backward pass a sample and class."""
+    model = KeptInEvaluation(*network())
+    for norm in (model[1], model[4]):
+        norm.running_mean.normal_(generator=torch.Generator().manual_seed(3))
+        norm.running_var.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(4))
+    xkfac = ExtendedKroneckerLaplace(1.0, fisher="exact", batchnorm=batchnorm, adaptive=False)
+    statistics = copy.deepcopy([model[1].running_mean, model[4].running_var])
+    train(xkfac, model, 0)
+    assert model.training
+    assert not model[1].training
+    (form,) = xkfac._memory.forms
+    assert {name: len(layer.terms) for name, layer in form.layers.items()} == {"0": 1, "3": 1, "6": 1}
+    model.eval()
+    seen = 2 if batchnorm == "merge" else 1  # the output of the BatchNorm, or of the layer before it
+    expected = torch.zeros(6, 6)
+    for x in data(0)[0]:
+        h = model[:seen](x[None]).detach().requires_grad_()
+        logs = torch.log_softmax(model[seen:](h), dim=1)[0]
+        for log in logs:
+            (b,) = torch.autograd.grad(log, h, retain_graph=True)
+            expected += log.exp().detach() * b[0].outer(b[0]) / N
+    scale = form.layers["0"].terms[0].left.matrix[0] / expected
+    torch.testing.assert_close(scale, scale[0, 0].expand(6, 6))
+    assert scale[0, 0] > 0
+    # They stay fixed in the next experience, which begins without new coordinates.
+    assert all(torch.isfinite(torch.tensor(train(xkfac, model, 1))))
+    assert torch.equal(statistics[0], model[1].running_mean)
+    assert torch.equal(statistics[1], model[4].running_var)
