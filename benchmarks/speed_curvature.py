@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from avalanche.training.plugins import EvaluationPlugin
@@ -22,14 +23,17 @@ from benchmarks.speed_gpm import alexnet
 from benchmarks.timing import Measurement, Timing, in_turn
 
 MLP_BATCH, ALEXNET_BATCH, CLASSES = 128, 64, 10
-#: Samples that the factors of a step's penalty are made of, and of an epoch inside Avalanche.
+#: Samples that the factors of a step's penalty are made of.
 MLP_SAMPLES, ALEXNET_SAMPLES = 6400, 1280
-#: Samples beside whose epoch the pass that makes factors is timed: those of an experience of permuted MNIST, and of
-#: split CIFAR-100. Eigenvectors cost the same however many there are, so that fewer would overstate them.
+#: Samples of an epoch inside Avalanche, and beside whose epoch the pass that makes factors is timed: those of an
+#: experience of permuted MNIST, and of split CIFAR-100. What an experience costs once, eigenvectors above all, is the
+#: same however many there are, so that fewer would overstate it.
 MLP_EXPERIENCE, ALEXNET_EXPERIENCE = 60000, 5000
 SHARES = (0.99, 0.999)
 #: Steps for which a penalty is kept, where it is: what is timed are as many steps.
 KEPT = 8
+#: How mini-batches come in an epoch inside Avalanche.
+LOADERS = "its loader and the transforms of its PermutedMNIST", "its loader alone", "in memory"
 
 
 def images(count: int, channels: int, size: int) -> Tensor:
@@ -145,10 +149,11 @@ def measurements(device: torch.device) -> Iterator[Measurement]:
         f"A step of XK-FAC on the {name}, with BatchNorm",
         lambda: steps(partial(perceptron, batch_norm=True), flat(), MLP_BATCH, extended, device),
     )
-    yield (
-        f"K-FAC inside Avalanche: an epoch of {MLP_SAMPLES} samples of the {name}",
-        lambda: avalanche_epochs(flat(), device),
-    )
+    for loader in LOADERS:
+        yield (
+            f"K-FAC inside Avalanche, {loader}: an epoch of {MLP_EXPERIENCE} samples of the {name}",
+            partial(avalanche_epochs, MLP_EXPERIENCE, loader, device),
+        )
     yield (
         f"A step of K-FAC on AlexNet, batch {ALEXNET_BATCH}",
         lambda: steps(alexnet, pictures(), ALEXNET_BATCH, variants("separate"), device, repeats=7),
@@ -168,46 +173,60 @@ def _extended(share: float) -> Callable[[], KroneckerLaplace]:
     return lambda: ExtendedKroneckerLaplace(truncate=share)
 
 
-def avalanche_epochs(data: Tensor, device: torch.device) -> list[Timing]:
-    """Time an epoch of Avalanche's Naive and of Naive with the plugin, with Avalanche's loader and in memory."""
+def avalanche_epochs(count: int, loader: str, device: torch.device) -> list[Timing]:
+    """Time an epoch of Avalanche's Naive and of Naive with the plugin, with one of `LOADERS`."""
+    data = images(count, 1, 28)
+    experience = _experience(data, transforms=loader == LOADERS[0])
+    variants: dict[str, Callable[[], object]] = {}
+    kept, thin = f", products formed every {KEPT} steps", f"K-FAC Laplace, truncated at {SHARES[0]}"
+    settings: dict[str, dict[str, Any] | None] = {
+        "Naive": None,
+        "K-FAC Laplace, whole factors": {},
+        thin: {"truncate": SHARES[0]},
+        f"K-FAC Laplace, whole factors{kept}": {"refresh_every": KEPT},
+        f"{thin}{kept}": {"truncate": SHARES[0], "refresh_every": KEPT},
+    }
+    for name, options in settings.items():
+        torch.manual_seed(0)
+        model = perceptron().to(device)
+        own = [] if options is None else [KFACLaplacePlugin(mode="online", **options)]
+        strategy = Naive(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=1e-4),
+            train_mb_size=MLP_BATCH,
+            train_epochs=1,
+            eval_mb_size=MLP_BATCH,
+            device=device,
+            plugins=[*own, *([InMemoryDataPlugin()] if loader == LOADERS[2] else [])],
+            evaluator=EvaluationPlugin(),
+        )
+        if own:
+            own[0].method.consolidate(model, data.to(device).split(128))
+            own[0].after_training_exp = _nothing  # the factors are another table's
+        variants[name] = partial(strategy.train, experience)
+    return in_turn(variants, repeats=5, warmup=1)
+
+
+def _experience(data: Tensor, *, transforms: bool) -> Any:
+    """Return an experience of Avalanche made of images in memory, with PermutedMNIST's transforms or without any."""
+    from avalanche.benchmarks.classic.cmnist import PixelsPermutation
     from avalanche.benchmarks.scenarios import class_incremental_benchmark
-    from avalanche.benchmarks.utils import DataAttribute
+    from avalanche.benchmarks.utils import DataAttribute, DefaultTransformGroups
     from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
+    from torchvision.transforms import Compose, Normalize
 
     targets = [index % CLASSES for index in range(len(data))]
+    pixels = torch.randperm(data[0].numel(), generator=torch.Generator().manual_seed(0))
+    both = Compose([PixelsPermutation(pixels), Normalize((0.1307,), (0.3081,))])
     dataset = ClassificationDataset(
-        [TensorDataset(data, torch.tensor(targets))], data_attributes=[DataAttribute(targets, "targets")]
+        [TensorDataset(data, torch.tensor(targets))],
+        data_attributes=[DataAttribute(targets, "targets")],
+        transform_groups=DefaultTransformGroups((both, None)) if transforms else None,
     )
     (experience,) = class_incremental_benchmark(
         {"train": dataset, "test": dataset}, num_experiences=1, class_order=list(range(CLASSES))
     ).train_stream
-    variants: dict[str, Callable[[], object]] = {}
-    for loader in ("Avalanche's loader", "in memory"):
-        for name, share, every in (
-            ("Naive", None, 1),
-            ("K-FAC, whole", 1.0, 1),
-            ("K-FAC, 0.99", 0.99, 1),
-            (f"K-FAC, whole, every {KEPT} steps", 1.0, KEPT),
-        ):
-            torch.manual_seed(0)
-            model = perceptron().to(device)
-            thin = None if share == 1 else share
-            own = [] if share is None else [KFACLaplacePlugin(mode="online", truncate=thin, refresh_every=every)]
-            strategy = Naive(
-                model=model,
-                optimizer=torch.optim.SGD(model.parameters(), lr=1e-4),
-                train_mb_size=MLP_BATCH,
-                train_epochs=1,
-                eval_mb_size=MLP_BATCH,
-                device=device,
-                plugins=[*own, *([InMemoryDataPlugin()] if loader == "in memory" else [])],
-                evaluator=EvaluationPlugin(),
-            )
-            if own:
-                own[0].method.consolidate(model, data.to(device).split(128))
-                own[0].after_training_exp = _nothing  # the factors are another table's
-            variants[f"{name}, {loader}"] = lambda strategy=strategy: strategy.train(experience)
-    return in_turn(variants, repeats=5, warmup=1)
+    return experience
 
 
 def _nothing(*args: object, **kwargs: object) -> None:
