@@ -29,7 +29,7 @@ def product(x: Tensor, y: Tensor, plus: Tensor | None = None) -> Tensor:
         y: Y [k, n], with as many axes.
         plus: Z [m, n].
     """
-    if _is_large(x, y) and not _differentiable(x, y, plus) and _has_onednn():
+    if _is_large(x, y) and _fits(x, y, plus) and not _differentiable(x, y, plus) and _has_onednn():
         return _by_onednn(x, y, plus)
     if plus is None:
         return x @ y
@@ -38,13 +38,23 @@ def product(x: Tensor, y: Tensor, plus: Tensor | None = None) -> Tensor:
 
 def _is_large(x: Tensor, y: Tensor) -> bool:
     return (
-        x.dim() == 2
+        x.dim() == y.dim() == 2
         and x.shape[0] * y.numel() >= _LARGE
         and x.dtype == y.dtype == torch.float32
         and x.device.type == y.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
     )
+
+
+def _fits(x: Tensor, y: Tensor, plus: Tensor | None) -> bool:
+    """Whether shapes, types and layouts are what the operation, which does not look, can take."""
+    parts = (x, y) if plus is None else (x, y, plus)
+    dense = all(part.layout == torch.strided and not part.is_neg() for part in parts)
+    same = plus is None or (
+        plus.shape == (x.shape[0], y.shape[1]) and plus.dtype == x.dtype and plus.device == x.device
+    )
+    return dense and same and x.shape[1] == y.shape[0]
 
 
 def _differentiable(*parts: Tensor | None) -> bool:

@@ -136,6 +136,23 @@ def test_others_are_plain_products(case: str, counter: Counter) -> None:
     assert not counter.calls
 
 
+def test_what_does_not_fit_is_refused_as_a_plain_product_refuses_it(counter: Counter) -> None:
+    x, y = _numbers(90, 211), _numbers(211, 150)
+    for parts in ((x, y[1:]), (x, y, _numbers(90, 151)), (x, y, _numbers(89, 150)), (x, y, _numbers(90, 150).double())):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"size|shape|dtype"):
+            product(*parts)
+    assert not counter.calls
+
+
+def test_one_row_for_all_and_negated_views_are_added_and_multiplied_plainly(counter: Counter) -> None:
+    x, y, row = _numbers(90, 211), _numbers(211, 150), _numbers(150)
+    torch.testing.assert_close(product(x, y, plus=row[None]), row + x @ y)
+    negated = torch.complex(y, y).conj().imag
+    assert negated.is_neg()
+    torch.testing.assert_close(product(x, negated), -(x @ y))
+    assert not counter.calls
+
+
 @pytest.mark.parametrize("which", ["x", "y", "plus"])
 def test_where_a_gradient_flows_the_product_is_plain_and_differentiable(which: str, counter: Counter) -> None:
     parts = {"x": _numbers(90, 211), "y": _numbers(211, 150), "plus": _numbers(90, 150)}
