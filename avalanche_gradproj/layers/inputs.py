@@ -154,7 +154,7 @@ class _LinearFromProjectedInputs(torch.autograd.Function):
         rows, flat = x, gradient
         if x.dim() != 2:
             rows, flat = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        towards_input = product(flat, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        towards_input = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
         of_weight, of_bias = layer.form(rows, flat)
         layer.remember(weight, of_weight)
         if of_bias is None:

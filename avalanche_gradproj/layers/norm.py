@@ -65,7 +65,7 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 def kept_in_evaluation(model: nn.Module) -> list[_BatchNorm]:
     """Return the BatchNorms that the model itself leaves in evaluation mode when it is put into training mode.
 
-    That is how fixed BatchNorms are usually kept: the model's own `train` puts them back.
+    That is how fixed BatchNorms are usually kept: the model's own `train` puts them back, which is called here.
 
     Args:
         model: all modes stay as they are.
@@ -75,6 +75,8 @@ def kept_in_evaluation(model: nn.Module) -> list[_BatchNorm]:
         model.train()
         return [norm for norm in batch_norms(model).values() if not norm.training]
     finally:
+        if not modes[model]:
+            model.eval()  # some do more than to set modes
         for module, training in modes.items():
             module.training = training
 

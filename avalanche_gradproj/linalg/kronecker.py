@@ -67,7 +67,7 @@ class Factor:
             return product(self.matrix, x)
         inner = product(self.matrix.mT, x)
         if isinstance(self.rest, float):
-            return product(self.matrix, inner, plus=x * self.rest)
+            return product(self.matrix, inner, plus=x, beta=self.rest)
         return torch.addcmul(self.matrix @ inner, x, self.rest[:, None, None])
 
     def on_right(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Factor:
             return product(x, self.matrix)
         inner = product(x, self.matrix)
         if isinstance(self.rest, float):
-            return product(inner, self.matrix.mT, plus=x * self.rest)
+            return product(inner, self.matrix.mT, plus=x, beta=self.rest)
         return torch.addcmul(inner @ self.matrix.mT, x, self.rest[:, None, None])
 
     def scaled(self, weight: float) -> Factor:

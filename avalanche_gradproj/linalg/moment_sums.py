@@ -21,14 +21,15 @@ _ALIGN, _ALIAS = 16, 1024
 class MomentSums:
     """Sum of a a^T, and of a, over rows a.
 
-    Products run in the rows' own type (half precision is widened to float32) and are summed up in it over 4096 rows, or
-    d if that is more, and beyond that in float64: unlike a basis, a factor is used as it is, never through its small
-    singular values. Rows are copied to where they are held until there are d of them, or more where d is small: to go
-    over d^2 numbers for each mini-batch of a few rows would cost as much as their product. They are held transposed, a
-    feature's numbers side by side, as products read them.
+    Products run in the rows' own type (half precision is widened to float32), whatever autocast says, and are summed up
+    in it over 4096 rows, or as many as are held if that is more, and beyond that in float64: unlike a basis, a factor
+    is used as it is, never through its small singular values. Rows are copied to where they are held until there are d
+    of them, or more where d is small: to go over d^2 numbers for each mini-batch of a few rows would cost as much as
+    their product. They are held transposed, a feature's numbers side by side, as products read them.
 
-    Memory: 8 d^2 bytes a block; while rows come, 4 d^2 more for those that are held, but at least 1 MB, and 4 d^2 for
-    products (a little over half of it where there is one block). Twice as much while rows in float64 come.
+    Memory: 8 d^2 bytes a block; while rows come, 4 d^2 more for those that are held, but at least 1 MB, and 8 d^2 for
+    products (3 d^2 where there is one block of 256 features or more). The last rows are copied once, as much as is held
+    of them. Twice as much while rows in float64 come.
 
     Args:
         blocks: independent matrices (groups of a convolution).
@@ -104,7 +105,8 @@ class MomentSums:
 
     def _fold_held(self) -> None:
         if self._held is not None and self._used:
-            self._fold(self._held[:, :, : self._used])
+            # Of a few columns a copy, once, as products read them.
+            self._fold(self._held[:, :, : self._used].contiguous())
         self._used = 0
 
     @property
@@ -117,7 +119,7 @@ class MomentSums:
         if self._moment is None:
             return
         if self.blocks > 1:
-            self._moment += columns @ columns.mT
+            self._moment += product(columns, columns.mT)
             return
         # Panels from the diagonal to the right leave out most of the lower half, which is its mirror image.
         matrix, step, begins = columns[0], self._step, range(0, self.features, self._step)

@@ -11,14 +11,17 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-#: Multiplications from which it pays: below, starting the operation costs more.
-_LARGE = 2_000_000
+#: Multiplications from which it pays, and rows of X and columns of Y: below, starting the operation costs more.
+_LARGE, _LEAST = 2_000_000, 8
+#: Subclasses of tensors may stand for anything.
+_KINDS = (Tensor, nn.Parameter)
 
 
-def product(x: Tensor, y: Tensor, plus: Tensor | None = None) -> Tensor:
-    """Return X Y, or Z + X Y.
+def product(x: Tensor, y: Tensor, plus: Tensor | None = None, *, beta: float = 1.0) -> Tensor:
+    """Return X Y, or beta Z + X Y, in the matrices' own type whatever autocast says.
 
     A plain `x @ y` but for rounding. oneDNN takes part where the matrices are large, of float32, on the CPU, and where
     no gradient is to flow. The operation is torch's own, made for its compiler, and is checked once against the plain
@@ -28,37 +31,44 @@ def product(x: Tensor, y: Tensor, plus: Tensor | None = None) -> Tensor:
         x: X [m, k], or with leading axes, which are always multiplied plainly.
         y: Y [k, n], with as many axes.
         plus: Z [m, n].
+        beta: factor of Z.
     """
-    if _is_large(x, y) and _fits(x, y, plus) and not _differentiable(x, y, plus) and _has_onednn():
-        return _by_onednn(x, y, plus)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return product(x, y, plus, beta=beta)
+    if _is_large(x, y) and _fits(x, y, plus) and not _recorded(x, y, plus) and _has_onednn():
+        return _by_onednn(x, y, plus if plus is None or beta == 1 else plus * beta)
     if plus is None:
         return x @ y
-    return torch.addmm(plus, x, y) if plus.dim() == 2 else torch.baddbmm(plus, x, y)
+    return torch.addmm(plus, x, y, beta=beta) if plus.dim() == 2 else torch.baddbmm(plus, x, y, beta=beta)
 
 
 def _is_large(x: Tensor, y: Tensor) -> bool:
     return (
         x.dim() == y.dim() == 2
         and x.shape[0] * y.numel() >= _LARGE
+        and min(x.shape[0], y.shape[1]) >= _LEAST
         and x.dtype == y.dtype == torch.float32
         and x.device.type == y.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
     )
 
 
 def _fits(x: Tensor, y: Tensor, plus: Tensor | None) -> bool:
-    """Whether shapes, types and layouts are what the operation, which does not look, can take."""
+    """Whether kinds, shapes, types and layouts are what the operation, which does not look, can take."""
     parts = (x, y) if plus is None else (x, y, plus)
-    dense = all(part.layout == torch.strided and not part.is_neg() for part in parts)
+    dense = all(type(p) in _KINDS and p.layout == torch.strided and not p.is_neg() for p in parts)
     same = plus is None or (
         plus.shape == (x.shape[0], y.shape[1]) and plus.dtype == x.dtype and plus.device == x.device
     )
     return dense and same and x.shape[1] == y.shape[0]
 
 
-def _differentiable(*parts: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
+def _recorded(*parts: Tensor | None) -> bool:
+    """Whether somebody differentiates or compiles what is computed: the operation has no rule for that."""
+    backwards = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
+    return backwards or getattr(forward_ad, "_current_level", -1) >= 0 or torch.compiler.is_compiling()
 
 
 def _by_onednn(x: Tensor, y: Tensor, plus: Tensor | None) -> Tensor:

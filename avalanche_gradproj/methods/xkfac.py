@@ -210,8 +210,8 @@ class ExtendedKroneckerLaplace(KroneckerLaplace):
     def consolidate(self, model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
         """Take the curvature of the experience just learned; see `KroneckerLaplace.consolidate`.
 
-        BatchNorms normalise by the mini-batch unless they are held, and their statistics stay; a diagonal that takes a
-        pass a sample is taken in evaluation mode.
+        BatchNorms normalise by the mini-batch unless they are held, or the model's own `train` keeps them in evaluation
+        mode, and their statistics stay; a diagonal that takes a pass a sample is taken in evaluation mode.
         """
         kept = self._plan.state()
         try:

@@ -38,7 +38,7 @@ class XKFACPlugin(PenaltyPlugin):
         damping: added to every eigenvalue of a sample's curvature: weight decay that is centred on the old solution.
         n_samples: samples drawn from an experience for its curvature, None for all of them.
         reparameterise: new coordinates at the start of an experience; what the optimizer remembers of these parameters
-            is dropped.
+            is dropped. BatchNorms that the model's own `train` keeps in evaluation mode stay as they are.
         inter_example: the term across samples; False for one Kronecker product a layer.
         batchnorm: `"merge"`; `"freeze"`: every BatchNorm stays as the first experience leaves it; `"track"`: nothing is
             merged, statistics drift.

@@ -1,10 +1,10 @@
-"""held_statistics: normalise with the running statistics, and leave them."""
+"""BatchNorms that are held, or that a model itself keeps in evaluation mode."""
 
 import pytest
 import torch
 from torch import nn
 
-from avalanche_gradproj.layers.norm import held_statistics, tracked_norms, untracked_norms
+from avalanche_gradproj.layers.norm import held_statistics, kept_in_evaluation, tracked_norms, untracked_norms
 
 
 def model():
@@ -82,3 +82,44 @@ def test_statistics_stay_held_when_somebody_calls_train():
     assert torch.equal(model[1].running_mean, before)
     assert model[1].training
     assert not model[1]._forward_pre_hooks
+
+
+class Keeping(nn.Module):
+    """Keeps one of two BatchNorms in evaluation mode, and does more than that in `train`."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.merged = nn.BatchNorm1d(2), nn.BatchNorm1d(2), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.second.eval()
+        self.merged = not mode
+        return self
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norms_that_stay_in_evaluation_are_found_and_the_model_is_as_before(training):
+    inner = Keeping().train(training)
+    outer = nn.Sequential(inner, nn.BatchNorm1d(2), nn.Dropout(0.5))
+    outer.training = training
+    outer[1].eval()  # by somebody, not by the model
+    outer[2].train(not training)
+    modes = [module.training for module in outer.modules()]
+    assert kept_in_evaluation(outer) == [inner.second]
+    assert [module.training for module in outer.modules()] == modes
+    assert inner.merged == (not training)
+
+
+def test_modes_come_back_where_the_models_own_train_raises():
+    class Refusing(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            if mode:
+                raise RuntimeError("not now")
+            return self
+
+    own = Refusing(nn.BatchNorm1d(2)).eval()
+    with pytest.raises(RuntimeError, match="not now"):
+        kept_in_evaluation(own)
+    assert not any(module.training for module in own.modules())

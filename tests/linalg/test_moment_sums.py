@@ -127,3 +127,27 @@ def test_what_is_held_is_half_as_much_as_the_moment_or_a_megabyte_and_let_go_of(
     assert sum(v.numel() for v in vars(sums).values() if isinstance(v, torch.Tensor)) == blocks * features * (
         features + 1
     )
+
+
+@pytest.mark.parametrize(("blocks", "features"), [(1, 40), (1, 300), (2, 40)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_nothing(blocks, features, dtype):
+    """A pass over the data may run the model under autocast, and rows come inside of it."""
+    rows = torch.from_numpy(np.random.default_rng(3).normal(size=(blocks, 5000, features)) * 30).float()
+    sums = MomentSums(blocks, features)
+    with torch.autocast("cpu", dtype):
+        for piece in pieces(rows, [700]):
+            sums.update(piece)
+        found = sums.moment(1)
+    moment, _ = reference(rows, constant=False)
+    assert np.linalg.norm(found.numpy() - moment) < 1e-6 * np.linalg.norm(moment)
+
+
+def test_no_more_rows_than_some_thousand_are_summed_up_in_float32():
+    """Beside 2^32, whose neighbours in float32 are 512 away, each further sum of some hundred ones would be rounded."""
+    rows = torch.ones(1, 60_000, 200, dtype=torch.float32)
+    rows[0, 0] = 2.0**16
+    sums = MomentSums(1, 200)
+    for piece in pieces(rows, [500]):
+        sums.update(piece)
+    assert (sums.moment(1) - (2.0**32 + 59_999)).abs().max() < 1500

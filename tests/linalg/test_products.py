@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from avalanche_gradproj.linalg import products
 from avalanche_gradproj.linalg.products import product
@@ -123,6 +123,8 @@ CASES = {
     "blocks": (_numbers(2, 90, 211), _numbers(2, 211, 150)),
     "empty": (_numbers(0, 211), _numbers(211, 150)),
     "no columns": (_numbers(90, 0), _numbers(0, 150)),
+    "few rows": (_numbers(7, 1500), _numbers(1500, 400)),
+    "few columns": (_numbers(1500, 400), _numbers(400, 7)),
 }
 
 
@@ -172,16 +174,50 @@ def test_that_gradients_are_recorded_changes_nothing_for_constants(counter: Coun
     assert counter.calls
 
 
-def test_not_where_onednn_is_turned_off_or_under_autocast(counter: Counter) -> None:
+def test_not_where_onednn_is_turned_off(counter: Counter) -> None:
     x, y = _numbers(90, 211), _numbers(211, 150)
     with torch.no_grad():
         with torch.backends.mkldnn.flags(enabled=False):
             assert torch.equal(product(x, y), x @ y)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert product(x, y).dtype == torch.bfloat16
         assert not counter.calls
         product(x, y)
     assert counter.calls
+
+
+@pytest.mark.parametrize("case", ["large", "small", "blocks"])
+def test_autocast_rounds_nothing(case: str, counter: Counter) -> None:
+    x, y = (_numbers(90, 211), _numbers(211, 150)) if case == "large" else CASES[case]
+    plus = torch.ones(*x.shape[:-1], y.shape[-1], dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        alone, summed = product(x, y), product(x, y, plus=plus)
+        assert torch.is_autocast_enabled("cpu")
+    assert _deviation(alone, x.double() @ y.double()) < 1e-6
+    assert _deviation(summed, 1 + x.double() @ y.double()) < 1e-6
+    assert bool(counter.calls) == (case == "large")
+
+
+@pytest.mark.parametrize("case", ["large", "small", "blocks"])
+def test_what_is_added_may_be_weighted(case: str, counter: Counter) -> None:
+    x, y = (_numbers(90, 211), _numbers(211, 150)) if case == "large" else CASES[case]
+    plus = _numbers(*x.shape[:-1], y.shape[-1])
+    with torch.no_grad():
+        found = product(x, y, plus=plus, beta=0.3)
+    assert _deviation(found, 0.3 * plus.double() + x.double() @ y.double()) < 1e-6
+
+
+def test_forward_derivatives_and_subclasses_take_the_plain_product(counter: Counter) -> None:
+    x, y, direction = _numbers(90, 211), _numbers(211, 150), _numbers(90, 211)
+    found = torch.func.jvp(lambda x: product(x, y), (x,), (direction,))[1]
+    torch.testing.assert_close(found, direction @ y)
+    with torch.no_grad():
+        assert type(product(x.as_subclass(Own), y)) is Own
+        assert not counter.calls
+        product(nn.Parameter(x), y)
+    assert counter.calls
+
+
+class Own(Tensor):
+    pass
 
 
 class Missing:
