@@ -42,7 +42,7 @@ class MomentSums:
         #: Rows seen, in each block.
         self.count = 0
         self._given = features - constant
-        # Room for rows whose numbers of 1 MB come to, but at least d.
+        # Room for as many rows as make 1 MB in float32, but at least d.
         self._capacity = max(features, min(_ROWS, _HELD // (blocks * features)))
         if self._capacity >= 4 * _ALIGN:
             self._capacity += -self._capacity % _ALIGN
