@@ -10,7 +10,7 @@ from typing import Any
 MEMORY: Mapping[str, str] = {
     "resident_during_run": "peak resident memory of the process during the run: interpreter, libraries and data are in "
     "it, the same for every method, so that ratios say little; and differences of "
-    "some MB are noise, since a process that does several runs keeps what the libraries loaded for earlier ones",
+    "some MiB are noise, since a process that does several runs keeps what the libraries loaded for earlier ones",
     "resident_since_start": "peak resident memory of the process since it began: where several runs share a process, a "
     "later one never shows less than an earlier one, so that methods cannot be compared",
     "cuda_allocated": "peak memory that PyTorch had allocated on the device during the run, without what its allocator "
@@ -81,7 +81,9 @@ def further_notes(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     broken = [f"{label} (seed {run.get('seed')})" for label, own in runs.items() for run in own if run.get("diverged")]
     if broken:
         notes.append(
-            f"Diverged, the loss on test images is no number: {', '.join(broken)}. Its accuracies mean nothing."
+            f"Diverged, the loss on test images is no number: {', '.join(broken)}. What such a network "
+            "answers is arbitrary; it counts in means, spread and tests all the same: without it the method would look "
+            "better than it is."
         )
     operations = {name for own in runs.values() for run in own for name in run.get("nondeterministic") or ()}
     if operations:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.report.formatting import count_of, figure_interval, shared_changes, unsaid_changes, with_spread
+from benchmarks.report.formatting import (
+    count_of,
+    figure_interval,
+    over,
+    runs_of,
+    shared_changes,
+    unsaid_changes,
+    with_spread,
+)
 from benchmarks.report.markup import Markup, join, lines, table, tag
 from benchmarks.report.possible import beyond
-from benchmarks.report.statistics import ALPHA, Comparisons, holm
+from benchmarks.report.statistics import ALPHA, Comparisons
 from benchmarks.report.summary import Figure, Metric, Row, shown
 
 
@@ -26,13 +34,12 @@ def figures_table(rows: Sequence[Row], found: Comparisons) -> Markup:
     body = [
         [
             _name(row, rows),
-            str(len(row.seeds)),
+            runs_of(row),
             *(_cell(row, row.figures[metric.key], metric, marks if metric.key == "acc" else {}) for metric in metrics),
         ]
         for row in rows
     ]
-    seeds = sorted({seed for row in rows for seed in row.seeds})
-    caption = f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}; below, the 95 % t-interval."
+    caption = f"Mean ± sample standard deviation {over(rows)}; below, the 95 % t-interval."
     made = table(caption, ["method", "seeds", *(metric.heading for metric in metrics)], body, "main")
     shared = ", ".join(f"{key}={value}" for key, value in shared_changes(rows).items())
     note = tag("p", f"Changed from the protocol in all rows: {shared}.") if shared else ""
@@ -71,18 +78,17 @@ def _marks(rows: Sequence[Row], found: Comparisons) -> tuple[dict[str, str], str
     best = max(ranked, key=lambda row: row.figures["acc"].mean or 0.0)
     marks = {best.label: "▲"}
     pairs = {row.label: found.between(best.label, row.label) for row in ranked if row is not best}
-    known = {label: pair for label, pair in pairs.items() if pair is not None and pair.p is not None}
-    untested = len(known) < len(pairs)
-    # Corrected for the comparisons with the best alone: over all pairs even large differences would seem to be none.
-    corrected = dict(zip(known, holm([pair.p or 0.0 for pair in known.values()]), strict=True))
-    reachable = bool(known) and min(pair.smallest for pair in known.values()) * len(known) < ALPHA
-    if reachable:
-        marks |= {label: "≈" for label, p in corrected.items() if p >= ALPHA}
+    known = {label: pair for label, pair in pairs.items() if pair is not None and pair.corrected is not None}
     joint = " Joint training, which has all data at once, takes no part." if any(row.joint for row in rows) else ""
-    if not reachable:
+    ahead = {label: "△" for label, pair in known.items() if pair.differs and (pair.difference or 0.0) < 0}
+    if ahead:
+        joint = f" △ ahead of it on the seeds that both have.{joint}"
+    if not known or not found.reachable:
         return marks, f"▲ highest mean ACC; with so few seeds the tests cannot tell whether it is any better.{joint}"
+    # By the same p as in the list of pairs: the best is only known once all have been looked at.
+    marks |= {label: "≈" for label, pair in known.items() if not pair.differs} | ahead
     text = "▲ highest mean ACC; ≈ not told apart from it, which does not mean equal "
-    text += f"(p not below {ALPHA}, corrected for the {len(known)} comparisons with it)."
-    if untested:
+    text += f"(p not below {ALPHA}, corrected for all {found.tested} pairs)."
+    if len(known) < len(pairs):
         text += " Methods without a mark may not have been tested: see below."
     return marks, text + joint

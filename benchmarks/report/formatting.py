@@ -72,6 +72,11 @@ def count_of(figure: Figure, row: Row) -> str:
     return f"{figure.count} of {len(row.seeds)}" if 0 < figure.count < len(row.seeds) else ""
 
 
+def runs_of(row: Row) -> str:
+    """Write how many runs a row has, and how many of them diverged."""
+    return f"{len(row.seeds)} ({row.diverged} diverged)" if row.diverged else str(len(row.seeds))
+
+
 def changes(row: Row) -> str:
     """Write what differs from the protocol's own settings; empty if nothing does."""
     return ", ".join(f"{key}={value}" for key, value in row.changed.items())
@@ -87,3 +92,17 @@ def unsaid_changes(row: Row, rows: Sequence[Row]) -> str:
     """Write what was changed of a row that neither its label nor all rows say; empty if there is nothing."""
     said = {*row.label.split()[1:], *(f"{key}={value}" for key, value in shared_changes(rows).items())}
     return ", ".join(text for text in changes(row).split(", ") if text and text not in said)
+
+
+def over(rows: Sequence[Row]) -> str:
+    """Name the seeds of a table (`over seeds 0, 1`), row by row where they are not the same ones."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for row in rows:
+        groups.setdefault(row.seeds, []).append(row.label)
+    texts = [", ".join(map(str, seeds)) for seeds in groups]
+    if len(groups) < 2:
+        return f"over seed{'s' * (len(rows[0].seeds) > 1)} {texts[0]}" if rows else ""
+    # The largest group needs no names.
+    most = max(groups, key=lambda seeds: len(groups[seeds]))
+    others = [f"{', '.join(groups[own])} {text}" for own, text in zip(groups, texts, strict=True) if own != most]
+    return f"over seeds {', '.join(map(str, most))} (not the same for all: {'; '.join(others)})"

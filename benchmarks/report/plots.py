@@ -100,7 +100,7 @@ def _against_cost(prefix: str, runs: Runs, looks: Mapping[str, Style]) -> Iterat
     rows = summarise(runs)
     for kind, key, title, axis in (
         ("time", "train_seconds", "training time", "training time (s)"),
-        ("memory", "peak_memory_mb", "peak memory", "peak memory (MB)"),
+        ("memory", "peak_memory_mb", "peak memory", "peak memory (MiB)"),
     ):
         svg = scatter.draw(f"{prefix}-{kind}", f"ACC against {title}", axis, rows, key, looks)
         if svg:

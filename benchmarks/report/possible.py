@@ -8,13 +8,12 @@ from benchmarks.report.formatting import decimal, figure_interval, places, scale
 from benchmarks.report.summary import Figure, Metric, Row
 
 
-def beyond(rows: Sequence[Row], metrics: Sequence[Metric], *, numbers: bool = False) -> str:
+def beyond(rows: Sequence[Row], metrics: Sequence[Metric]) -> str:
     """Say which intervals of a table reach beyond what is possible.
 
     Args:
         rows: of the table.
         metrics: its columns.
-        numbers: write the intervals too, for tables that have none.
 
     Returns:
         One sentence; empty if there is no such interval.
@@ -24,10 +23,7 @@ def beyond(rows: Sequence[Row], metrics: Sequence[Metric], *, numbers: bool = Fa
         found = [row for row in rows if _reaches_beyond(row.figures[metric.key], metric)]
         if found:
             counts |= {row.figures[metric.key].count for row in found}
-            texts = [
-                f"{row.label} {figure_interval(row.figures[metric.key], metric)}" if numbers else row.label
-                for row in found
-            ]
+            texts = [f"{row.label} {figure_interval(row.figures[metric.key], metric)}" for row in found]
             parts.append(f"{metric.name} ({_range(metric)}) of {', '.join(texts)}")
     if not parts:
         return ""

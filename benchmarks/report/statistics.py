@@ -22,6 +22,11 @@ Test = Literal["t", "wilcoxon"]
 #: Corrected p-values below this count as a difference.
 ALPHA = 0.05
 
+#: Decimal places of percent to which differences count.
+_DIGITS = 9
+
+_EQUAL = "equal on every common seed"
+
 NAMES: Mapping[Test, str] = {"t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test (exact)"}
 
 
@@ -38,7 +43,8 @@ class Comparison:
         high: its upper end.
         p: two-sided p-value; None where there is no test.
         corrected: the same after Holm's correction over all pairs.
-        smallest: the smallest p that this test can give with so many pairs; 0 for the t-test.
+        smallest: the smallest p that this test can give with so many pairs; 0 for the t-test, 1 for pairs that are all
+            equal.
         note: why there is no p, or why it cannot be small; empty if there is nothing to say.
     """
 
@@ -162,19 +168,19 @@ def _by_seed(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]
 def _compare(one: str, other: str, first: Mapping[int, float], second: Mapping[int, float], test: Test) -> Comparison:
     """Compare two labels, without the correction."""
     seeds = tuple(sorted(set(first) & set(second)))
-    differences = [first[seed] - second[seed] for seed in seeds]
+    # Accuracies are counts over a few numbers: zeros and equal sizes are decided by more than the last bits.
+    differences = [round(first[seed] - second[seed], _DIGITS) for seed in seeds]
     if len(differences) < 2:
         mean = differences[0] if differences else None
         return Comparison(one, other, seeds, mean, note="fewer than two common seeds: no test")
     mean = statistics.fmean(differences)
     std = statistics.stdev(differences)
-    # Accuracies are counts over a few numbers: equal differences may still differ in the last bit.
-    if std <= 1e-9 * max(1.0, abs(mean)):
-        differences, std = [mean if abs(mean) > 1e-9 else 0.0] * len(differences), 0.0
+    if len(set(differences)) == 1:
+        mean, std = differences[0], 0.0
     half = half_width(std, len(differences))
     result = Comparison(one, other, seeds, mean, mean - half, mean + half)
     if not any(differences):
-        return replace(result, difference=0.0, low=0.0, high=0.0, p=1.0, note="equal on every common seed")
+        return replace(result, difference=0.0, low=0.0, high=0.0, p=1.0, smallest=1.0, note=_EQUAL)
     if test == "wilcoxon":
         count = sum(1 for value in differences if value)
         smallest = 2.0 ** (1 - count)

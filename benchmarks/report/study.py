@@ -41,3 +41,7 @@ class Study:
             if result["protocol"] == protocol:
                 found.setdefault(result["label"], []).append(result)
         return found
+
+    def failed(self, protocol: str, label: str) -> int:
+        """Count the runs of a label that failed."""
+        return sum((where, which) == (protocol, label) for where, which, _, _ in self.failures)

@@ -89,7 +89,7 @@ METRICS = (
         "wall-clock time of the training alone; it depends on what else the machine did",
         better="lower",
     ),
-    Metric("peak_memory_mb", "peak memory", "MB", 0, "see the note on memory", better="lower"),
+    Metric("peak_memory_mb", "peak memory", "MiB", 0, "see the note on memory", better="lower"),
     Metric(
         "added_parameters",
         "added parameters",
@@ -147,6 +147,7 @@ class Row:
         figures: metric to figure.
         changed: what differs from the protocol's own settings.
         joint: whether it learned all experiences at once, so that nothing comes one after the other.
+        diverged: how many of its runs ended with a loss that is no number; they count in its figures.
     """
 
     label: str
@@ -155,6 +156,7 @@ class Row:
     figures: Mapping[str, Figure]
     changed: Mapping[str, str]
     joint: bool
+    diverged: int = 0
 
 
 def number(value: Any) -> float | None:
@@ -220,6 +222,7 @@ def summarise(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
             {metric.key: figure(_value(run, metric.key) for run in own) for metric in METRICS},
             dict(own[0].get("changed") or {}),
             is_joint(own[0]),
+            sum(bool(run.get("diverged")) for run in own),
         )
         for label, own in runs.items()
         if own

@@ -7,7 +7,16 @@ import io
 from collections.abc import Sequence
 
 from benchmarks.report import circumstances as around
-from benchmarks.report.formatting import count_of, shared_changes, unsaid_changes, with_spread
+from benchmarks.report.formatting import (
+    changes,
+    count_of,
+    figure_interval,
+    over,
+    runs_of,
+    shared_changes,
+    unsaid_changes,
+    with_spread,
+)
 from benchmarks.report.possible import beyond
 from benchmarks.report.protocol_facts import beside, facts, named, published_text
 from benchmarks.report.statistics import NAMES, Test, compare_pairs
@@ -15,7 +24,7 @@ from benchmarks.report.study import Study
 from benchmarks.report.summary import METRICS, Metric, Row, shown, summarise
 
 #: Columns of the CSV file.
-COLUMNS = ("protocol", "label", "seeds", "metric", "mean", "std", "ci_low", "ci_high")
+COLUMNS = ("protocol", "label", "seeds", "metric", "mean", "std", "ci_low", "ci_high", "changed", "diverged", "failed")
 
 
 def csv_table(study: Study) -> str:
@@ -26,18 +35,20 @@ def csv_table(study: Study) -> str:
 
     Returns:
         The text; what does not exist is an empty field, `seeds` counts the runs that have the figure, and numbers are
-        written so that they read back as the same.
+        written so that they read back as the same. `changed` says what was set otherwise than the protocol has it,
+        `diverged` how many of the label's runs did (they count in its figures), `failed` how many have no result.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
     for name in study.protocols:
         for row in summarise(study.of(name)):
+            failed = study.failed(name, row.label)
             for metric in METRICS:
                 found = row.figures[metric.key]
                 numbers = (found.mean, found.std, found.low, found.high)
                 cells = ["" if value is None else repr(value) for value in numbers]
-                writer.writerow([name, row.label, found.count, metric.key, *cells])
+                writer.writerow([name, row.label, found.count, metric.key, *cells, changes(row), row.diverged, failed])
     return buffer.getvalue()
 
 
@@ -80,17 +91,16 @@ def _section(study: Study, name: str, test: Test, columns: Sequence[str]) -> lis
             [
                 [
                     " ".join([row.label, *(f"({text})" for text in [unsaid_changes(row, rows)] if text)]),
-                    str(len(row.seeds)),
+                    runs_of(row),
                     *(_figure(row, metric) for metric in metrics),
                 ]
                 for row in rows
             ],
         )
-        seeds = sorted({seed for row in rows for seed in row.seeds})
-        notes.append(f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}.")
+        notes.append(f"Mean ± sample standard deviation {over(rows)}; in brackets the 95 % t-interval of the mean.")
         shared = ", ".join(f"{key}={value}" for key, value in shared_changes(rows).items())
         notes += [f"Changed from the protocol in all rows: {shared}."] if shared else []
-        remark = beyond(rows, metrics, numbers=True)
+        remark = beyond(rows, metrics)
         notes += [remark] if remark else []
         found = compare_pairs(runs, test=test)
         if found.tested:
@@ -121,10 +131,11 @@ def _section(study: Study, name: str, test: Test, columns: Sequence[str]) -> lis
 
 
 def _figure(row: Row, metric: Metric) -> str:
-    """Mean and deviation, and how many runs have the figure where not all have."""
+    """Mean, deviation and interval, and how many runs have the figure where not all have."""
     figure = row.figures[metric.key]
     count = count_of(figure, row)
-    return with_spread(figure, metric) + (f" ({count})" if count else "")
+    parts = (with_spread(figure, metric), figure_interval(figure, metric), f"({count})" if count else "")
+    return " ".join(part for part in parts if part)
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> list[str]:

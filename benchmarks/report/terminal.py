@@ -13,7 +13,7 @@ _COLUMNS = (
     ("ACC %", "acc", 2),
     ("BWT %", "bwt", 2),
     ("training s", "train_seconds", 2),
-    ("memory MB", "peak_memory_mb", 0),
+    ("memory MiB", "peak_memory_mb", 0),
 )
 _GROWTH = ("growth", "growth", 3)
 _MEMORY = {

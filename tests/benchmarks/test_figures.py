@@ -79,7 +79,7 @@ def test_growth_has_a_column_where_a_method_grows():
     base = {"train_seconds": 1.0, "peak_memory_mb": None, "peak_memory_kind": "unavailable", "acc": 90.0, "bwt": None}
     naive = [base | {"method": "naive", "growth": None}]
     grown = [base | {"method": "halrp", "growth": growth} for growth in (0.15, 0.25)]
-    headers = ["method", "seeds", "ACC %", "BWT %", "training s", "memory MB"]
+    headers = ["method", "seeds", "ACC %", "BWT %", "training s", "memory MiB"]
     assert [column.header for column in rich_table("p", rows(naive, ["naive"])).columns] == headers
     table = rich_table("p", rows(naive + grown, ["naive", "halrp"]))
     assert [column.header for column in table.columns] == [*headers, "growth"]

@@ -25,7 +25,7 @@ def test_chosen_columns_and_their_order(tmp_path: Path) -> None:
     )
     assert re.findall(r"^method .*", latex, flags=re.MULTILINE) == [r"method & seeds & training (s) & ACC (\%) \\"] * 2
     assert re.findall(r"\\begin\{tabular\}\{(\w+)\}", latex) == ["lrrr"] * 2
-    assert "| naive | 3 | 3.10 ± 0.10 | 89.33 ± 0.33 |" in markdown
+    assert "| naive | 3 | 3.10 ± 0.10 [2.85, 3.35] | 89.33 ± 0.33 [88.51, 90.16] |" in markdown
     assert r"naive & 3 & $3.10 \pm 0.10$ & $89.33 \pm 0.33$ \\" in latex
 
 

@@ -103,7 +103,7 @@ def test_every_file_has_its_series(files: dict[str, str]) -> None:
             assert (REFERENCE["color"] in strokes(root)) is (protocol == "digits-split")
             assert len(list(groups(root, "PolyCollection"))) == len(labels)  # bands
             assert {"1", "2", "3", "after experience"} <= set(words(root))
-        for kind, axis in (("time", "training time (s)"), ("memory", "peak memory (MB)")):
+        for kind, axis in (("time", "training time (s)"), ("memory", "peak memory (MiB)")):
             root = parsed(files[f"{protocol}-accuracy-against-{kind}.svg"])
             assert {*labels, axis, "ACC (%)"} <= set(words(root))
             assert {looks[label].colour.lower() for label in labels} <= strokes(root)

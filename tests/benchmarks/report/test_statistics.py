@@ -120,6 +120,17 @@ def test_equal_on_every_seed(test: Any) -> None:
     assert "equal" in pair.note
 
 
+def test_the_last_bits_are_no_difference() -> None:
+    """The mean of the same accuracies in another order is another number; one real difference proves nothing."""
+    parts = [(91.37, 88.2, 90.01), (77.7, 80.9, 99.1), (63.3, 59.9, 71.17), (88.8, 12.7, 45.4), (50.3, 61.1, 7.7)]
+    one = [sum(own) / 3 for own in parts] + [50.0]
+    other = [min((sum(own[k:] + own[:k]) / 3 for k in range(3)), key=lambda v: v) for own in parts] + [49.0]
+    assert any(a != b for a, b in zip(one[:-1], other[:-1], strict=True))
+    (pair,) = compare_pairs(runs(a=one, b=other), test="wilcoxon").pairs
+    assert pair.p == 1.0
+    assert "with 1 unequal pairs" in pair.note
+
+
 def test_the_same_difference_on_every_seed_is_no_proof() -> None:
     (pair,) = compare_pairs(runs(a=[51.1, 61.1, 71.1], b=[50, 60, 70])).pairs
     assert pair.p is None

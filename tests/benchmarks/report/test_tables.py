@@ -18,7 +18,8 @@ from tests.benchmarks.report.examples import joint, result, small
 def test_csv_reads_back_to_the_same_numbers() -> None:
     study = small()
     lines = list(csv.DictReader(io.StringIO(csv_table(study))))
-    assert list(lines[0]) == ["protocol", "label", "seeds", "metric", "mean", "std", "ci_low", "ci_high"]
+    numbers = ["mean", "std", "ci_low", "ci_high"]
+    assert list(lines[0]) == ["protocol", "label", "seeds", "metric", *numbers, "changed", "diverged", "failed"]
     assert len(lines) == 5 * len(METRICS)
     for protocol in study.protocols:
         for row in summarise(study.of(protocol)):
@@ -28,7 +29,7 @@ def test_csv_reads_back_to_the_same_numbers() -> None:
                     for each in lines
                     if (each["protocol"], each["label"], each["metric"]) == (protocol, row.label, key)
                 ]
-                read = [float(line[name]) if line[name] else None for name in ("mean", "std", "ci_low", "ci_high")]
+                read = [float(line[name]) if line[name] else None for name in numbers]
                 assert read == [found.mean, found.std, found.low, found.high]
                 assert int(line["seeds"]) == found.count
 
@@ -52,7 +53,8 @@ def test_markdown_has_everything_and_rows_of_one_width() -> None:
         assert len(widths) == 1
     naive = next(line for line in text.splitlines() if line.startswith("| naive"))
     # Mean of 80, 81, 82 on the first of three experiences: (81 + 90 + 97) / 3, deviation 1 / 3.
-    assert "| 89.33 ± 0.33 |" in naive
+    # The interval: t(.975, 2) = 4.302653 times 1 / 3 / sqrt 3 is .828.
+    assert "| 89.33 ± 0.33 [88.51, 90.16] |" in naive
 
 
 def test_markdown_keeps_awkward_labels_in_their_cells() -> None:
@@ -64,6 +66,45 @@ def test_a_single_run_has_no_spread() -> None:
     text = markdown(Study("x", "", [result("a", 3)]))
     assert "±" not in next(line for line in text.splitlines() if line.startswith("| a "))
     assert "One run, seed 3" in latex(Study("x", "", [result("a", 3)]))
+
+
+def bad_runs() -> Study:
+    """All with fewer epochs, one label with a threshold besides; one run diverged, two failed."""
+    few = {"epochs": "1"}
+    runs = [
+        *(result("naive", seed, changed=few, diverged=seed == 1) for seed in range(3)),
+        *(result("gpm", seed, changed={**few, "threshold": "0.5"}) for seed in range(2)),
+    ]
+    failures = [("digits-split", "gpm", 2, "boom"), ("digits-split", "ogd_x", 0, "boom")]
+    return Study("x", "", runs, failures=failures)
+
+
+def test_latex_says_what_a_reader_has_to_know() -> None:
+    text = latex(bad_runs())
+    assert "Changed from the protocol: epochs=1." in text
+    assert "over seeds 0, 1, 2 (not the same for all: gpm 0, 1)" in text or "over seeds 0, 1 (not the same" in text
+    assert "Diverged, but in the figures: 1 of naive." in text
+    assert r"Runs that failed and are left out: 1 of gpm, 1 of ogd\_x." in text
+    assert r"gpm (threshold=0.5) & 2 & " in text
+    assert r"naive & 3 (1 diverged) & $89.33 \pm 0.33$" in text
+    # Below it the interval, in a cell of its own for each figure.
+    row = text.splitlines().index(next(line for line in text.splitlines() if line.startswith("naive")))
+    below = text.splitlines()[row + 1]
+    assert below.startswith(r" &  & {\scriptsize $[88.51, 90.16]$} & {\scriptsize $[-14.74, -12.26]$}")
+    assert below.count("&") == text.splitlines()[row].count("&")
+    assert "failed" not in latex(Study("x", "", [result("a", 0), result("a", 1)]))
+
+
+def test_csv_says_what_a_reader_has_to_know() -> None:
+    lines = list(csv.DictReader(io.StringIO(csv_table(bad_runs()))))
+    found = {(line["label"], line["changed"], line["diverged"], line["failed"]) for line in lines}
+    assert found == {("naive", "epochs=1", "1", "0"), ("gpm", "epochs=1, threshold=0.5", "0", "1")}
+
+
+def test_markdown_counts_runs_that_diverged() -> None:
+    text = markdown(bad_runs())
+    assert "| naive | 3 (1 diverged) | 89.33" in text
+    assert "(not the same for all: " in text
 
 
 @pytest.mark.parametrize(
