@@ -1,7 +1,8 @@
 """The command line: `list`, `run`, `compare`, `spread`, `speed`, and those of `commands.py`.
 
 Whatever the user gets wrong ends in one line on standard error and exit code 2, before anything is trained or
-overwritten. Exit code 1 means that a run failed, 130 that the user interrupted.
+overwritten. Exit code 1 means that a run failed, or that its report could not be written, 130 that the
+user interrupted.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def start(context: typer.Context) -> None:
     """Compare methods for continual learning under the protocols of the papers, or on your own images.
 
     Exit codes: 2, the input is wrong, and nothing was trained or overwritten;
-    1, a run failed; 130, you interrupted.
+    1, a run failed or a report could not be written; 130, you interrupted.
     """
     if context.invoked_subcommand is None:
         # As an option of typer's, some versions of it would end with exit code 0.
@@ -151,7 +152,7 @@ def compare(
     test: options.Test = None,
     columns: commands.Columns = None,
     name: options.Name = None,
-    out: options.Out = Path("results"),
+    out: options.MaybeOut = None,
 ) -> None:
     """Train several methods with several seeds, print a table for each protocol, and write a report."""
     from benchmarks.report import terminal
@@ -175,13 +176,15 @@ def compare(
         wandb=wandb,
         test=test,
         columns=None if columns is None else list(read_names(columns)),
+        out=None if out is None else str(out),
     )
     if file is None:
-        outcome, planned = carry_out(given, out, "compare")
+        outcome, planned = carry_out(given, out or options.OUT, "compare")
     else:
         content = read_file(file)
         with errors_of(file, content, given):
-            outcome, planned = carry_out(merged(content, given, file), out, "compare")
+            both = merged(content, given, file)
+            outcome, planned = carry_out(both, Path(both.out or options.OUT), "compare")
     console = Console()
     for protocol in dict.fromkeys(own.job.protocol.name for own, _ in outcome.done):
         chosen = [{**result, "method": own.label} for own, result in outcome.done if own.job.protocol.name == protocol]
@@ -248,8 +251,13 @@ def carry_out(description: Any, out: Path, command: str, *, kept: bool = True) -
         for label, reason in reasons.items():
             typer.echo(f"left out on {protocol}: {label}: {reason}", err=True)
     outcome = comparison.Outcome()
-    with _interruptible(out, kept):
-        comparison.carry_out(request, planned, outcome)
+    try:
+        with _interruptible(out, kept):
+            comparison.carry_out(request, planned, outcome)
+    except BaseException:
+        if outcome.unwritten:
+            typer.echo(f"error: {outcome.unwritten}", err=True)
+        raise
     return outcome, planned
 
 
@@ -259,4 +267,7 @@ def tell_failures(outcome: Any, planned: Any) -> None:
         typer.echo(f"failed: {own}: {message}", err=True)
     if outcome.failures:
         typer.echo(f"{len(outcome.done)} of {len(planned.runs)} runs have finished and are kept", err=True)
+    if outcome.unwritten:
+        typer.echo(f"error: {outcome.unwritten}", err=True)
+    if outcome.failures or outcome.unwritten:
         raise typer.Exit(_FAILED)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import backends, plan, runner
 from benchmarks.board import Board
-from benchmarks.files import explain
+from benchmarks.files import explain, write_text
 from benchmarks.plan import Plan, Planned
 from benchmarks.report import terminal, writing
 from benchmarks.report.study import Study
@@ -31,12 +31,14 @@ class Outcome:
         failures: each failed run and what went wrong.
         unfinished: runs that neither finished nor failed.
         files: the report.
+        unwritten: why there is no report, or not all of it; empty where there is.
     """
 
     done: list[tuple[Planned, dict[str, Any]]] = field(default_factory=list)
     failures: list[tuple[Planned, str]] = field(default_factory=list)
     unfinished: int = 0
     files: list[str] = field(default_factory=list)
+    unwritten: str = ""
 
 
 def options_of(request: Request, threads: int | None) -> backends.Options:
@@ -78,18 +80,16 @@ def carry_out(
         console: where progress is shown; standard error by default.
         work: does one run.
 
-    Raises:
-        InputError: if the report cannot be written; the runs are kept.
+    A report that cannot be written is told by `Outcome.unwritten`.
     """
     options = options_of(request, planned.threads)
-    waiting: dict[str, Planned] = {}
+    runs: list[Planned] = []
     for own in planned.runs:
         if own.folder.read() is not None:
             own.folder.clean()
         else:
-            waiting.setdefault(own.folder.key, own)  # two labels may stand for one run
-    runs = list(waiting.values())
-    kept = len({own.folder.key for own in planned.runs}) - len(runs)
+            runs.append(own)
+    kept = len(planned.runs) - len(runs)
     try:
         with Board(runs, request.jobs, kept, console) as board:
             if kept:
@@ -99,8 +99,12 @@ def carry_out(
                 for index, end in ends:
                     _note(runs[index], end, outcome, board)
     finally:
+        # Whatever is under way, an interruption or an error, goes on: the report must not take its place.
         _collect(planned, outcome)
-        outcome.files = _write(request, planned, outcome)
+        try:
+            outcome.files = _write(request, planned, outcome)
+        except OSError as error:
+            outcome.unwritten = f"the runs are kept, but no report: {explain(error, request.folder)}"
 
 
 def item_of(request: Request, own: Planned, threads: int) -> runner.Item:
@@ -132,10 +136,21 @@ def _note(own: Planned, end: Any, outcome: Outcome, board: Board) -> None:
         board.ended(own, f"{own}: {terminal.one_line(result)}", seconds=result["wall_seconds"])
         return
     if isinstance(end, backends.Failure):
-        end = end.message
+        end = _keep_traceback(own, end)
     message = end or f"its result is not in {own.folder.path}: do all machines see this folder?"
     outcome.failures.append((own, message))
     board.ended(own, f"{own}: failed: {message}")
+
+
+def _keep_traceback(own: Planned, failure: backends.Failure) -> str:
+    """Write down the last words of a worker, which wrote nothing into the run's folder itself; return one line."""
+    if not failure.traceback.strip():
+        return failure.message
+    try:
+        write_text(own.folder.error, failure.traceback)
+    except OSError:
+        return failure.message
+    return f"{failure.message} (traceback in {own.folder.error})"
 
 
 def _collect(planned: Plan, outcome: Outcome) -> None:
@@ -168,9 +183,6 @@ def _write(request: Request, planned: Plan, outcome: Outcome) -> list[str]:
     """Write the report, if there is something to report."""
     if not outcome.done and not outcome.failures:
         return []
-    try:
-        study = study_of(request, planned, outcome)
-        files = writing.write(request.folder, study, test=request.test, columns=request.columns)  # type: ignore[arg-type]
-    except OSError as error:
-        raise InputError(f"the runs are kept, but no report: {explain(error, request.folder)}") from error
+    study = study_of(request, planned, outcome)
+    files = writing.write(request.folder, study, test=request.test, columns=request.columns)  # type: ignore[arg-type]
     return [str(file) for file in files]

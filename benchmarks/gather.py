@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.digest import code_digest
 from benchmarks.folders import NEEDED
 from benchmarks.report.study import Study
 from benchmarks.settings import InputError
@@ -24,9 +25,10 @@ def study(folders: Sequence[Path], title: str) -> Study:
         What the report is made of.
 
     Raises:
-        InputError: if a folder is none, or there is no result, or two results are of the same protocol, label and seed.
+        InputError: if a folder is none, or there is no result, or several results are of the same protocol, label and
+            seed and not just one of them is of this code.
     """
-    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    every: dict[tuple[str, str, int], dict[Path, dict[str, Any]]] = {}
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{str(folder)!r} is no folder; expected one with results")
@@ -35,13 +37,9 @@ def study(folders: Sequence[Path], title: str) -> Study:
             if result is None:
                 continue
             label = " ".join([result["method"], *(f"{k}={v}" for k, v in sorted(result["changed"].items()))])
-            key = (result["protocol"], label, result["seed"])
-            if key in found:
-                raise InputError(
-                    f"there are two results of {' '.join(map(str, key))} (of different code, data or versions?): give "
-                    f"folders that hold one of them"
-                )
-            found[key] = {**result, "label": label}
+            same = every.setdefault((result["protocol"], label, result["seed"]), {})
+            same[file.resolve()] = {**result, "label": label}  # folders may lie in one another
+    found = {key: _one_of(key, same) for key, same in every.items()}
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for (protocol, label, _), result in found.items():
         rows.setdefault((protocol, label), []).append(result)
@@ -53,6 +51,19 @@ def study(folders: Sequence[Path], title: str) -> Study:
     return Study(title, command, [found[key] for key in sorted(found, key=_order)])
 
 
+def _one_of(key: tuple[str, str, int], results: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
+    """Choose the result of this code, where a run was done again after a change."""
+    own = [result for result in results.values() if len(results) == 1 or result.get("code") == code_digest()]
+    if len(own) != 1:
+        files = ", ".join(str(file) for file in results)
+        which = f"{len(own)} of them are" if own else "none of them is"
+        raise InputError(
+            f"there are {len(results)} results of {' '.join(map(str, key))}, and {which} of the code as it is now: "
+            f"give folders that hold one of {files}"
+        )
+    return own[0]
+
+
 def check_alike(row: Sequence[Mapping[str, Any]]) -> None:
     """Refuse runs of one row that cannot be averaged.
 
@@ -62,7 +73,7 @@ def check_alike(row: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         InputError: if they are of different code, data or versions.
     """
-    for what in ("code", "data", "versions"):
+    for what in ("code", "origin", "data", "versions", "libraries"):
         known = [result[what] for result in row if result.get(what) is not None]
         for other in known[1:]:
             if other != known[0]:

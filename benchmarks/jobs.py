@@ -180,4 +180,7 @@ def load_data(protocol: Protocol, path: Path | None) -> sources.ImageData:
     if path is None and protocol.source == "npz":
         raise InputError(f"{protocol.name} needs your images: give them with --data FILE.npz")
     read = sources.download(protocol.source) if path is None else sources.read_npz(path, protocol.expected)
+    if not protocol.expected.coarse:
+        # Not every file has the superclasses: the same images are the same data with and without.
+        read = dataclasses.replace(read, coarse=None)
     return read if protocol.image_shape is None else sources.fit_images(read, protocol.image_shape)

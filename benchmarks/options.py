@@ -41,7 +41,10 @@ Grid = Annotated[
         show_default="one value of each",
     ),
 ]
+#: Where results go if nothing else is said.
+OUT = Path("results")
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
+MaybeOut = Annotated[Path | None, typer.Option(help="Folder of the results.", show_default=str(OUT))]
 File = Annotated[
     Path | None, typer.Option(help="YAML file that says the same as these options.", show_default="no file")
 ]

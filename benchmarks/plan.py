@@ -73,12 +73,14 @@ def prepare(request: Request) -> Plan:
             stream = build_stream(job.protocol, data, job.seed)
             check_stream(job, stream)
             check_method(job, stream)
-    claim(request.out, request.name or request.folder.name, request.protocols)
-    runs: dict[tuple[str, str], Planned] = {}
+    runs: dict[str, Planned] = {}
     for label, job in jobs:
         key = run_key(job, digests[job.protocol.name])
+        if key in runs and runs[key].label != label:
+            raise InputError(f"--grid: {runs[key].label!r} and {label!r} are the same runs: give every value once")
         # Two points of a grid that differ in what a method does not know are one run.
-        runs.setdefault((label, key), Planned(label, job, run_folder(request.out, job, key)))
+        runs.setdefault(key, Planned(label, job, run_folder(request.out, job, key)))
+    claim(request.out, request.name or request.folder.name, request.protocols)
     return Plan(tuple(runs.values()), left_out, _threads(request))
 
 

@@ -10,6 +10,10 @@ _LOGS = "official LOGD code, results/ (one run)"
 _LOGD_SITE = "wizwand.com, attributed to arXiv:2105.07561 (an aggregator; the paper's own table was not found)"
 
 
+#: Digests (`folders.data_digest`) of the data sets that published figures are of, with and without superclasses.
+IMAGES = {"mnist": ("245cfb531b7d2321",), "cifar100": ("608c4e95c234d189", "f8b152ffe7843dc1")}
+
+
 @dataclass(frozen=True)
 class Published:
     """A figure that is not this project's.

@@ -7,7 +7,7 @@ themselves are taken.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,8 @@ def collect(folders: Sequence[Path], target: Path = FOLDER) -> list[Path]:
 
     Raises:
         InputError: if a folder holds no such run, two of them are of the same protocol, method and seed and differ in
-            their accuracies, or those of a protocol and method are of different code, data or versions.
+            their accuracies, those of a protocol and method are of different code, data or versions, or those of a
+            protocol are of other images than the references that are there.
     """
     chosen: dict[Path, dict[str, Any]] = {}
     for folder in folders:
@@ -117,9 +118,22 @@ def collect(folders: Sequence[Path], target: Path = FOLDER) -> list[Path]:
         rows.setdefault((result["protocol"], result["method"]), []).append(result)
     for row in rows.values():
         check_alike(row)
+    _check_images(chosen.values(), target)
     for path, result in chosen.items():
         write_text(path, as_text(result))
     return sorted(chosen)
+
+
+def _check_images(results: Iterable[Mapping[str, Any]], target: Path) -> None:
+    """Refuse results of other images than the other methods of their protocol have."""
+    known = {result["protocol"]: result["data"] for result in read(target) if result.get("data") is not None}
+    for result in results:
+        images = result.get("data")
+        if images is not None and known.setdefault(result["protocol"], images) != images:
+            raise InputError(
+                f"the run of {result['method']} on {result['protocol']} is of other images ({images}) than the "
+                f"references there ({known[result['protocol']]}): run it on theirs"
+            )
 
 
 def _finished(file: Path) -> dict[str, Any] | None:

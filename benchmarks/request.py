@@ -110,6 +110,7 @@ class Description:
         wandb: project.
         test: `t` or `wilcoxon`.
         columns: figures of the report's tables, by their names in `table.csv`.
+        out: folder of the results.
     """
 
     protocols: list[str] | None = None
@@ -128,6 +129,7 @@ class Description:
     wandb: str | None = None
     test: str | None = None
     columns: list[str] | None = None
+    out: str | None = None
 
 
 def merged(file: Description, given: Description, path: Path) -> Description:
@@ -223,4 +225,6 @@ def _command(description: Description, seeds: Sequence[int], command: str) -> st
         words += [word for text in texts or () for word in (option, text)]
     words += ["--device", description.device] if description.device not in (None, "cpu") else []
     words += ["--threads", str(description.threads)] if description.threads is not None else []
+    words += ["--test", description.test] if description.test not in (None, "t") else []
+    words += ["--columns", ",".join(description.columns)] if description.columns else []
     return shlex.join(words)

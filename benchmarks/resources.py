@@ -154,9 +154,9 @@ def noting_nondeterminism(found: list[str]) -> Iterator[None]:
 
 
 def libraries() -> dict[str, str]:
-    """Name the versions of what draws permutations and samples, or handles images: NumPy, scikit-learn, Pillow."""
+    """Name the versions of what else results depend on: what draws, handles images, or solves Avalanche's GEM."""
     found = {}
-    for package in ("numpy", "scikit-learn", "pillow", "torchvision"):
+    for package in ("numpy", "scikit-learn", "pillow", "torchvision", "qpsolvers", "quadprog"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

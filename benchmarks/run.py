@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import checkpoint, evaluate, progress, readings, resources, sources
+from benchmarks import checkpoint, evaluate, external, progress, readings, resources, sources
 from benchmarks.build import build_strategy, build_stream
 from benchmarks.curves import EpochCurves
 from benchmarks.digest import code_digest
@@ -197,6 +197,8 @@ def _result(job: Job, trace: Trace, plugins: list[Any], kind: str) -> dict[str, 
         "nondeterministic": sorted(set(trace.nondeterministic)),
         "threads": torch.get_num_threads(),
         "versions": resources.versions(),
+        "libraries": resources.libraries(),
+        "origin": external.origin(job.method),
         "code": code_digest(),
     }
 

@@ -39,6 +39,7 @@ class Verdict:
         allowed: how far ACC and BWT may be from the reference, percent.
         equal: whether every accuracy is the same.
         same_settings: whether the run has the settings of its reference.
+        same_data: whether it has its images, where the reference says which they were.
     """
 
     protocol: str
@@ -49,11 +50,12 @@ class Verdict:
     allowed: tuple[float, float]
     equal: bool
     same_settings: bool = True
+    same_data: bool = True
 
     @property
     def agrees(self) -> bool:
-        """Whether the run has the settings of its reference and is within its spread."""
-        if not self.same_settings:
+        """Whether the run has the settings and images of its reference and is within its spread."""
+        if not self.same_settings or not self.same_data:
             return False
         pairs = [(self.acc, self.allowed[0])] + ([(self.bwt, self.allowed[1])] if self.bwt is not None else [])
         return self.equal or all(abs(now - then) <= allowed for (now, then), allowed in pairs)
@@ -80,6 +82,7 @@ def judge(now: Mapping[str, Any], references: Sequence[Mapping[str, Any]]) -> Ve
         allowed=(_allowed(references, "acc"), _allowed(references, "bwt")),
         equal=now["accuracy_matrix"] == then["accuracy_matrix"],
         same_settings=same_settings(now["hyper_parameters"], then["hyper_parameters"]),
+        same_data=then.get("data") in (None, now.get("data")),
     )
 
 
@@ -115,6 +118,7 @@ def table(verdicts: Sequence[Verdict]) -> Table:
         cells = [_cell(own.acc, own.allowed[0]), "-" if own.bwt is None else _cell(own.bwt, own.allowed[1])]
         word = "equal" if own.equal else "agrees" if own.agrees else "DIFFERS"
         word = word if own.same_settings else "OTHER SETTINGS"
+        word = word if own.same_data else "OTHER IMAGES"
         result.add_row(f"{own.protocol} {own.method} seed {own.seed}", *cells, word)
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from benchmarks.method_records.common import Method
@@ -53,6 +54,8 @@ def _too_large(argument: str, patterns: int, smallest: int) -> str | None:
 
 def _refuse_gem(settings: GemSettings, smallest: int, experiences: int) -> str | None:
     del experiences
+    if importlib.util.find_spec("quadprog") is None:
+        return "Avalanche's GEM needs quadprog, which is not installed: pip install quadprog"
     return _too_large("gem_patterns", settings.gem_patterns, smallest)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.published import Published, published
+from benchmarks.published import IMAGES, Published, published
 from benchmarks.report.formatting import MISSING, changes, decimal
 from benchmarks.report.study import Study
 from benchmarks.report.summary import Row
@@ -69,12 +69,22 @@ def beside(protocol: str, rows: list[Row]) -> list[Beside]:
     for record in published(protocol):
         own = [row for row in rows if row.method == record.method]
         for row in own:
-            changed = changes(row)
-            text = f"changed in this run: {changed}; {record.differences}" if changed else record.differences
-            found.append(Beside(record, row, record.agrees and not changed, text))
+            parts = [f"changed in this run: {changes(row)}"] if changes(row) else []
+            parts += ["other images than those of the data set"] if _other_images(protocol, row) else []
+            found.append(Beside(record, row, record.agrees and not parts, "; ".join([*parts, record.differences])))
         if not own:
             found.append(Beside(record, None, record.agrees, record.differences))
     return found
+
+
+def _other_images(protocol: str, row: Row) -> bool:
+    """Whether a row was run on other images than the data set that its protocol is made for."""
+    from benchmarks.protocols import PROTOCOLS
+
+    known = PROTOCOLS.get(protocol)
+    if known is None or known.source not in IMAGES or known.image_shape is not None:
+        return False
+    return any(images not in IMAGES[known.source] for images in row.data)
 
 
 def published_text(record: Published, key: str) -> str:

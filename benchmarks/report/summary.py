@@ -148,6 +148,7 @@ class Row:
         changed: what differs from the protocol's own settings.
         joint: whether it learned all experiences at once, so that nothing comes one after the other.
         diverged: how many of its runs ended with a loss that is no number; they count in its figures.
+        data: digests of the images of its runs, where they are known.
     """
 
     label: str
@@ -157,6 +158,7 @@ class Row:
     changed: Mapping[str, str]
     joint: bool
     diverged: int = 0
+    data: tuple[str, ...] = ()
 
 
 def number(value: Any) -> float | None:
@@ -223,6 +225,7 @@ def summarise(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
             dict(own[0].get("changed") or {}),
             is_joint(own[0]),
             sum(bool(run.get("diverged")) for run in own),
+            tuple(dict.fromkeys(run["data"] for run in own if run.get("data") is not None)),
         )
         for label, own in runs.items()
         if own

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import backends, runner
 from benchmarks import run as run_module
-from benchmarks import runner
+from benchmarks.backends import Failure
 from benchmarks.folders import NEEDED
+from benchmarks.report import writing
 from benchmarks.trace import FORMAT
 from tests.benchmarks.comparing import QUICK, compare, counting, results
 
@@ -127,25 +129,60 @@ def test_a_grid_gives_a_row_for_each_point_and_runs_nothing_twice(tmp_path, monk
     assert found == {(0.9, 30), (0.9, 40), (0.99, 30), (0.99, 40)}
 
 
-def test_two_labels_of_one_run_are_one_run(tmp_path, monkeypatch):
+def test_a_value_written_in_two_ways_is_refused(tmp_path, monkeypatch):
+    """Two rows of the same runs would count as two methods in the tests."""
     done = counting(monkeypatch)
-    compare(
-        tmp_path,
-        "digits-split",
-        "--methods",
-        "gpm",
-        "--seeds",
-        "0",
-        "--grid",
-        "gpm.threshold=0.9,0.90",
-        *QUICK,
-        "--set",
-        "n_samples=20",
+    command = ("digits-split", "--methods", "gpm", "--seeds", "0", "--grid", "gpm.threshold=0.9,0.90", *QUICK)
+    result = compare(tmp_path, *command, "--set", "n_samples=20", code=2)
+    for fragment in ("gpm threshold=0.9", "gpm threshold=0.90", "give every value once"):
+        assert fragment in result.stderr
+    assert not done
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_report_that_cannot_be_written_takes_the_place_of_nothing(tmp_path, monkeypatch, interrupted):
+    """Failures are told and the exit code is theirs, not that of bad input; the runs are there."""
+    real = run_module.run
+
+    def run(job, *rest):
+        if job.method == "replay":
+            raise KeyboardInterrupt if interrupted else ValueError("boom")
+        return real(job, *rest)
+
+    def full(*rest, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_module, "run", run)
+    monkeypatch.setattr(writing, "write", full)
+    command = ("digits-split", "--methods", "naive,replay", "--seeds", "0", *QUICK)
+    result = compare(tmp_path, *command, code=130 if interrupted else 1)
+    assert "the runs are kept, but no report: no space is left" in result.stderr
+    assert ("interrupted" if interrupted else "failed: digits-split replay seed 0: ValueError: boom") in result.stderr
+    assert [name.split("-")[0] for name in results(tmp_path)] == ["naive"]
+
+
+def test_the_last_words_of_a_worker_are_kept(tmp_path, monkeypatch):
+    def execute(work, items, options):
+        yield 0, Failure("worker died", "its process ended with signal 9", "Killed: last words")
+
+    monkeypatch.setattr(backends, "execute", execute)
+    result = compare(tmp_path, "digits-split", "--methods", "naive", "--seeds", "0", *QUICK, code=1)
+    (file,) = (tmp_path / "results" / "runs").rglob("error.txt")
+    assert file.read_text() == "Killed: last words"
+    assert "signal 9" in result.stderr
+    assert "error.txt" in "".join(result.stderr.split())
+
+
+def test_without_an_extra_the_advice_is_to_install_it():
+    """As a plain installation of the package is: without what the command line is made with."""
+    code = (
+        "import sys, runpy; sys.modules['typer'] = None\n"
+        "runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)"
     )
-    assert len(done) == 1
-    text = (tmp_path / "results" / "digits-split" / "table.md").read_text()
-    assert "gpm threshold=0.9 " in text
-    assert "gpm threshold=0.90" in text
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr == "error: typer is not installed: pip install 'avalanche-gradproj[benchmarks]'\n"
 
 
 def test_settings_of_one_method_or_protocol_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,10 +10,13 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import commands, gather, readme, reference, verify
+from benchmarks import cli, commands, gather, readme, reference, verify
+from benchmarks import compare as comparison
 from benchmarks.cli import app
+from benchmarks.digest import code_digest
 from benchmarks.settings import InputError
 from tests.benchmarks.small_runs import await_second_run
 
@@ -168,13 +172,57 @@ def test_gathering_tells_runs_of_changed_settings_apart(tmp_path):
     (folder / "status.json").write_text('{"experience": 1}')
     found = gather.study([folder], "mine")
     assert [(own["label"], own["seed"]) for own in found.results] == [("naive", 0), ("naive", 1), ("naive lr=1", 0)]
-    with pytest.raises(InputError, match="two results of digits-permuted naive 0"):
-        gather.study([folder, write(tmp_path / "b", result())], "mine")
+    again = [folder, write(tmp_path / "b", result(acc=70.0))]
+    with pytest.raises(InputError, match="2 results of digits-permuted naive 0, and none of them is of the code"):
+        gather.study(again, "mine")
+    # A folder within another one is no second result, and after a change of the code its own results are taken.
+    assert len(gather.study([folder, folder / "0"], "mine").results) == 3
+    now = write(tmp_path / "c", *(result(seed=seed, acc=60.0 + seed, code=code_digest()) for seed in (0, 1)))
+    taken = gather.study([folder, now], "mine").results
+    assert [own["acc"] for own in taken if own["label"] == "naive"] == [60.0, 61.0]
+    with pytest.raises(InputError, match="2 of them are"):
+        gather.study([now, write(tmp_path / "d", result(code=code_digest()))], "mine")
     with pytest.raises(InputError, match="no folder"):
-        gather.study([tmp_path / "c"], "mine")
+        gather.study([tmp_path / "e"], "mine")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no result of format 2"):
         gather.study([tmp_path / "empty"], "mine")
+
+
+@pytest.mark.parametrize("what", ["libraries", "origin"])
+def test_what_is_in_the_key_is_in_the_row(tmp_path, what):
+    """Another NumPy draws other permutations, and another package of a method is another method."""
+    folder = write(tmp_path / "a", result(**{what: "1"}), result(seed=1, **{what: "2"}))
+    for gathering in (lambda: gather.study([folder], "x"), lambda: reference.collect([folder], tmp_path / "kept")):
+        with pytest.raises(InputError, match=f"different {what}"):
+            gathering()
+
+
+def test_other_images_are_no_reference_and_do_not_agree(tmp_path):
+    reference.collect([write(tmp_path / "a", result(data="mine"))], tmp_path / "kept")
+    with pytest.raises(InputError, match=r"of other images \(theirs\)"):
+        reference.collect([write(tmp_path / "b", result(method="gpm", data="theirs"))], tmp_path / "kept")
+    (kept,) = reference.read(tmp_path / "kept")
+    assert verify.judge(result(data="mine"), [kept]).agrees
+    other = verify.judge(result(data="theirs"), [kept])
+    assert not other.agrees
+    console = Console(width=120, file=io.StringIO())
+    console.print(verify.table([other]))
+    assert "OTHER IMAGES" in console.file.getvalue()
+
+
+def test_verifying_runs_what_has_a_reference_and_nothing_else(tmp_path, monkeypatch):
+    known = [result(seed=0, threads=1), result(seed=1, threads=1), result(method="ewc", seed=1, threads=1)]
+    asked = []
+
+    def carry_out(description, out, command, kept):
+        asked.append((description.methods, description.seeds))
+        return comparison.Outcome(), None
+
+    monkeypatch.setattr(reference, "read", lambda: known)
+    monkeypatch.setattr(cli, "carry_out", carry_out)
+    CliRunner().invoke(app, ["verify", "digits-permuted", "--seeds", "0,1", "--out", str(tmp_path)])
+    assert asked == [(["naive"], [0, 1]), (["ewc"], [1])]
 
 
 def digits():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from typer.testing import CliRunner
 
+from benchmarks.cli import app
 from tests.benchmarks.comparing import QUICK, compare, counting
 
 
@@ -41,6 +43,20 @@ def test_a_file_says_what_the_options_say(tmp_path, monkeypatch):
         "epochs=2",
         code=2,
     )
+
+
+def test_a_file_may_say_where_results_go_and_which_test(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        f"protocols: [digits-split]\nmethods: [naive]\nseeds: [0]\nout: {tmp_path / 'there'}\ntest: wilcoxon\n"
+        "set: {epochs: 1, train_limit: 40, n_experiences: 2}\ncolumns: [acc]\n"
+    )
+    found = CliRunner().invoke(app, ["compare", "--file", str(file)])
+    assert found.exit_code == 0, found.output
+    text = (tmp_path / "there" / "study" / "table.md").read_text()
+    assert "--test wilcoxon --columns acc" in text
+    compare(tmp_path, "--file", str(file))  # which gives --out: what is on the command line comes first
+    assert (tmp_path / "results" / "study" / "table.md").is_file()
 
 
 BAD_FILES = {

@@ -73,6 +73,15 @@ def test_a_changed_run_is_no_longer_the_same_protocol() -> None:
     assert found[1].differences.startswith("changed in this run: lr=1")
 
 
+@pytest.mark.parametrize(("images", "same"), [("245cfb531b7d2321", True), (None, True), ("fashion", False)])
+def test_a_figure_on_other_images_is_not_of_the_same_protocol(images: str | None, same: bool) -> None:
+    """An archive of MNIST's shape may hold anything."""
+    runs = [result("gpm", seed, protocol="pmnist-gpm", data=images) for seed in range(2)]
+    found = [each for each in beside("pmnist-gpm", summarise({"gpm": runs})) if each.record.acc == 93.91]
+    assert [each.agrees for each in found] == [same]
+    assert ("other images" in found[0].differences) is not same
+
+
 def test_methods_that_were_not_run_are_beside_nothing() -> None:
     found = beside("pmnist-gpm", summarise(small().of("pmnist-gpm")))
     assert {each.record.method for each in found if each.row is None} == {"ewc", "agem", "replay", "joint"}
