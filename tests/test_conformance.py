@@ -9,15 +9,22 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from avalanche.core import SupervisedPlugin
 
+from avalanche_gradproj import GPMPlugin
 from avalanche_gradproj.errors import ConfigurationError
+from avalanche_gradproj.methods.gpm import GradientProjectionMemory
+from avalanche_gradproj.methods.report import Report
 from avalanche_gradproj.testing import CHECKS, MethodCase, conformance
+from avalanche_gradproj.testing.restart import check_restart
 from tests.processes import run_to_end
 
 SOURCE = Path(__file__).parents[1] / "examples" / "l2_anchor" / "src"
 
 TESTS = """
+import torch
 from avalanche_gradproj.methods.report import Report
 from avalanche_gradproj.plugins.penalty import PenaltyPlugin
 from avalanche_gradproj.testing import MethodCase, conformance
@@ -61,18 +68,59 @@ class DrawsNumbers(L2Anchor):
         torch.rand(1)
         super().consolidate(model, batches, **kwargs)
 
-def case(kind, **others):
+class SharesState(L2Anchor):
+    done = []
+    def consolidate(self, model, batches, **kwargs):
+        super().consolidate(model, batches, **kwargs)
+        self.done.append(1)
+    def penalty(self):
+        return super().penalty() * len(self.done)
+
+class KeepsModel(L2Anchor):
+    def finish(self):
+        super().finish()
+        self._kept = self._model
+    def start(self, model, *args, **kwargs):
+        super().start(model, *args, **kwargs)
+        self._model = model
+
+class MakesFloats(L2Anchor):
+    def penalty(self):
+        weight = next(iter(self._training.values())).flatten()
+        return super().penalty() + 0 * torch.dot(weight, torch.ones(len(weight)))
+
+class HoldsOnModel(L2Anchor):
+    # A copy of the whole strategy has it, and whoever starts with fresh objects has not.
+    def consolidate(self, model, batches, **kwargs):
+        super().consolidate(model, batches, **kwargs)
+        model.held = dict(self._anchors)
+        self._anchors = {}
+    def start(self, model, *args, **kwargs):
+        self._anchors = getattr(model, "held", {})
+        super().start(model, *args, **kwargs)
+
+class Shrinks(PenaltyPlugin):
+    def after_backward(self, strategy, *args, **kwargs):
+        if self.method.strength > 0:
+            with torch.no_grad():
+                next(strategy.model.parameters()).mul_(0.99)
+
+class ShrinksWeights(L2Anchor):
+    pass
+
+def case(kind, plugin=PenaltyPlugin):
     return MethodCase(
         kind.__name__,
-        make=lambda: PenaltyPlugin(kind(0.1)),
-        neutral=lambda: PenaltyPlugin(kind(0.0)),
-        bad_arguments=[(lambda: PenaltyPlugin(kind(-1.0)), "strength=-1.0")],
+        make=lambda: plugin(kind(0.1)),
+        neutral=lambda: plugin(kind(0.0)),
+        bad_arguments=[(lambda: plugin(kind(-1.0)), "strength=-1.0")],
     )
 
 test_good = conformance(case(L2Anchor))
 test_broken = conformance(*map(case, (
-    LeavesHook, NeverNeutral, RefusesNothing, Forgets, MissesParameter, AsksDevice, DoesNothing, DrawsNumbers
-)))
+    LeavesHook, NeverNeutral, RefusesNothing, Forgets, MissesParameter, AsksDevice, DoesNothing, DrawsNumbers,
+    SharesState, KeepsModel, MakesFloats, HoldsOnModel
+)), case(ShrinksWeights, Shrinks))
 test_bare = conformance(MethodCase("bare", make=lambda: PenaltyPlugin(L2Anchor(0.1))))
 """
 
@@ -85,6 +133,11 @@ CAUGHT = {
     "AsksDevice": {"check_no_host_round_trip"},
     "DoesNothing": {"check_acts"},
     "DrawsNumbers": {"check_consolidation_disturbs_nothing"},
+    "SharesState": {"check_training_twice", "check_restart"},
+    "KeepsModel": {"check_lets_go"},
+    "MakesFloats": {"check_double_precision"},
+    "HoldsOnModel": {"check_restart"},
+    "ShrinksWeights": {"check_gradients_alone"},
 }
 
 
@@ -118,7 +171,51 @@ def test_a_defect_is_caught_by_its_check(outcomes, defect):
 
 
 def test_every_check_has_a_defect():
-    assert set().union(*CAUGHT.values()) == {check.__name__ for check in CHECKS}
+    others = {"check_interface"}  # below
+    assert set().union(*CAUGHT.values()) == {check.__name__ for check in CHECKS} - others
+
+
+class _Whole(SupervisedPlugin):
+    def report(self):
+        return Report(())
+
+    def state_dict(self):
+        return {"memory": [np.zeros(2)]}
+
+    def load_state_dict(self, state):
+        pass
+
+
+SAME = _Whole()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (SAME, "give MyPlugin, not MyPlugin()"),
+        (SupervisedPlugin, "SupervisedPlugin has no method report, state_dict, load_state_dict"),
+        (lambda: GradientProjectionMemory(0.9), "GradientProjectionMemory, which is no plugin of Avalanche"),
+        (lambda: SAME, "the same plugin twice"),
+    ],
+)
+def test_what_is_no_method_is_told_before_anything_is_trained(make, message):
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        CHECKS[0](MethodCase("mine", make=make))
+
+
+def test_a_state_of_other_things_is_named():
+    with pytest.raises(AssertionError, match=re.escape("state_dict()['memory'][0] is a numpy.ndarray: give tensors")):
+        check_restart(MethodCase("mine", make=_Whole))
+
+
+def test_a_class_that_no_checkpoint_finds_is_named():
+    """As in a script: nothing is wrong with the method then."""
+
+    class Local(GPMPlugin):
+        pass
+
+    with pytest.raises(AssertionError, match="define it at the top of a module that can be imported"):
+        check_restart(MethodCase("mine", make=lambda: Local(0.9, n_samples=40)))
 
 
 def test_what_a_case_does_not_give_is_skipped_not_passed(outcomes):

@@ -36,6 +36,7 @@ class MethodCase:
         task_incremental: whether the method needs task labels and one head a task.
         looks_back: whether the method runs the model on old samples within a step: Avalanche's multi-head models
             then look at task labels, which waits for the device and is not the method's doing.
+        device: where the checks train, such as `"cuda"`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class MethodCase:
     bad_arguments: Sequence[tuple[Callable[[], Any], str]] = ()
     task_incremental: bool = False
     looks_back: bool = False
+    device: str = "cpu"
 
 
 class Convolutional(nn.Module):
@@ -80,7 +82,7 @@ class MultiHead(MultiTaskModule):
         return self.head(self.body(x), task_labels)
 
 
-def stream(*, task_labels: bool = False, seed: int = 0) -> Any:
+def stream(*, task_labels: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Return a benchmark of 3 experiences of 48 random samples each, in subspaces of their own."""
     generator = torch.Generator().manual_seed(seed)
     datasets = []
@@ -91,7 +93,7 @@ def stream(*, task_labels: bool = False, seed: int = 0) -> Any:
             DataAttribute(targets.tolist(), "targets"),
             TaskLabels(ConstantSequence(task if task_labels else 0, SAMPLES)),
         ]
-        data = TensorDataset(inputs, targets)
+        data = TensorDataset(inputs.to(dtype), targets)
         datasets.append(TaskAwareSupervisedClassificationDataset([data], data_attributes=attributes))
     benchmark = benchmark_from_datasets(train=datasets, test=datasets)
     return with_task_labels(with_classes_timeline(benchmark))
@@ -102,4 +104,7 @@ def strategy(case: MethodCase, plugins: Sequence[Any], *, seed: int = 0, **kwarg
     torch.manual_seed(seed)
     model = MultiHead() if case.task_incremental else Convolutional()
     settings = {"train_mb_size": 8, "train_epochs": 2, "eval_mb_size": 16, "evaluator": EvaluationPlugin(), **kwargs}
-    return Naive(model=model, optimizer=case.optimizer(model.parameters()), plugins=plugins, **settings)
+    model.to(case.device)
+    return Naive(
+        model=model, optimizer=case.optimizer(model.parameters()), plugins=plugins, device=case.device, **settings
+    )

@@ -5,45 +5,55 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
+from avalanche.core import BaseSGDPlugin
 from avalanche.training.supervised import Naive
 from torch import nn
 
 from avalanche_gradproj.errors import GradProjError, StateError
 from avalanche_gradproj.testing.cases import EXPERIENCES, MethodCase, strategy, stream
-from avalanche_gradproj.testing.device import no_host_round_trips
+from avalanche_gradproj.testing.comparing import difference, require, train
+from avalanche_gradproj.testing.restart import check_restart
+from avalanche_gradproj.testing.steps import (
+    check_double_precision,
+    check_gradients_alone,
+    check_lets_go,
+    check_no_host_round_trip,
+)
 
 
-def _train(learner: Naive, benchmark: Any, experiences: range) -> None:
-    for index in experiences:
-        torch.manual_seed(100 + index)
-        learner.train(benchmark.train_stream[index])
+def check_interface(case: MethodCase) -> None:
+    """`make` gives a new Avalanche plugin at each call, with the three methods that the other checks call."""
+    require(callable(case.make), f"{case.name}: make={case.make!r:.60} cannot be called: give MyPlugin, not MyPlugin()")
+    one, other = case.make(), case.make()
+    for plugin in (one, other):
+        require(
+            isinstance(plugin, BaseSGDPlugin),
+            f"{case.name}: make() gives a {type(plugin).__name__}, which is no plugin of Avalanche: put a core into "
+            "one of avalanche_gradproj.plugins (GradientTransformPlugin, PenaltyPlugin)",
+        )
+        missing = [name for name in ("report", "state_dict", "load_state_dict") if not hasattr(plugin, name)]
+        require(not missing, f"{case.name}: {type(plugin).__name__} has no method {', '.join(missing)}")
+    require(one is not other, f"{case.name}: make() gives the same plugin twice: it has to make a new one")
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
-
-
-def _difference(one: nn.Module, other: nn.Module) -> str:
-    """Return the name of the first tensor in which two models differ, or an empty string."""
-    ours, theirs = one.state_dict(), other.state_dict()
-    if ours.keys() != theirs.keys():
-        return min(ours.keys() ^ theirs.keys())
-    for name, value in ours.items():
-        if not torch.equal(value, theirs[name]):
-            return name
-    return ""
+def check_training_twice(case: MethodCase) -> None:
+    """Two plugins that are trained one after the other, from the same seeds, learn the same, bit for bit."""
+    learners = []
+    for _ in range(2):
+        learners.append(strategy(case, [case.make()]))
+        train(learners[-1], stream(task_labels=case.task_incremental), range(EXPERIENCES))
+    name = difference(learners[0].model, learners[1].model)
+    require(
+        not name,
+        f"{case.name}: {name!r} differs when the same is trained twice: something is kept outside of the plugin (an "
+        "attribute of the class, a global), or random numbers are drawn without a seed",
+    )
 
 
 def check_neutral_equals_naive(case: MethodCase) -> None:
@@ -52,19 +62,19 @@ def check_neutral_equals_naive(case: MethodCase) -> None:
         return
     benchmark = stream(task_labels=case.task_incremental)
     plain, learner = strategy(case, []), strategy(case, [case.neutral()])
-    _train(plain, benchmark, range(EXPERIENCES))
-    _train(learner, benchmark, range(EXPERIENCES))
-    name = _difference(plain.model, learner.model)
-    _require(not name, f"{case.name}: with neutral settings {name!r} differs from Naive's")
+    train(plain, benchmark, range(EXPERIENCES))
+    train(learner, benchmark, range(EXPERIENCES))
+    name = difference(plain.model, learner.model)
+    require(not name, f"{case.name}: with neutral settings {name!r} differs from Naive's")
 
 
 def check_acts(case: MethodCase) -> None:
     """With its own settings, the method changes what is learned: else every other check would be empty."""
     benchmark = stream(task_labels=case.task_incremental)
     plain, learner = strategy(case, []), strategy(case, [case.make()])
-    _train(plain, benchmark, range(EXPERIENCES))
-    _train(learner, benchmark, range(EXPERIENCES))
-    _require(bool(_difference(plain.model, learner.model)), f"{case.name}: training equals Naive's, nothing was done")
+    train(plain, benchmark, range(EXPERIENCES))
+    train(learner, benchmark, range(EXPERIENCES))
+    require(bool(difference(plain.model, learner.model)), f"{case.name}: training equals Naive's, nothing was done")
 
 
 class _StopError(Exception):
@@ -108,17 +118,21 @@ def leftovers(model: nn.Module, learner: Any) -> list[str]:
 def check_nothing_left_behind(case: MethodCase) -> None:
     """No hook or patch stays after training, after an exception, after `stop_training`; the plugin list is not ours."""
     benchmark = stream(task_labels=case.task_incremental)
-    for interrupt in (None, _Interrupt(20), _Interrupt(20, stop=True)):
+    for interrupt, when in (
+        (None, "training"),
+        (_Interrupt(20), "an exception in step 20"),
+        (_Interrupt(20, stop=True), "stop_training in step 20"),
+    ):
         plugins = [case.make(), *([] if interrupt is None else [interrupt])]
         given = list(plugins)
         learner = strategy(case, plugins)
         with contextlib.suppress(_StopError):
-            _train(learner, benchmark, range(EXPERIENCES))
+            train(learner, benchmark, range(EXPERIENCES))
         found = leftovers(learner.model, learner)
-        _require(not found, f"{case.name}: left behind after {interrupt!r}: {', '.join(found)}")
-        _require(plugins == given, f"{case.name}: the list of plugins was changed")
+        require(not found, f"{case.name}: left behind after {when}: {', '.join(found)}")
+        require(plugins == given, f"{case.name}: the list of plugins was changed")
         modes = {module.training for module in learner.model.modules()}
-        _require(modes == {True}, f"{case.name}: modules are not all in training mode after {interrupt!r}")
+        require(modes == {True}, f"{case.name}: modules are not all in training mode after {when}")
 
 
 def check_consolidation_disturbs_nothing(case: MethodCase) -> None:
@@ -149,81 +163,33 @@ def check_consolidation_disturbs_nothing(case: MethodCase) -> None:
                 part.pop(name, None)
         for name, value in before[0].items():
             close = torch.allclose(value.double(), after[0][name].double(), rtol=1e-4, atol=1e-6)
-            _require(close, f"{case.name}: after_training_exp changed {name!r} by more than rounding")
+            require(close, f"{case.name}: after_training_exp changed {name!r} by more than rounding")
         for name, value in before[1].items():
             same = (value is None) == (after[1][name] is None) and (value is None or torch.equal(value, after[1][name]))
-            _require(same, f"{case.name}: after_training_exp changed the gradient of {name!r}")
+            require(same, f"{case.name}: after_training_exp changed the gradient of {name!r}")
         same = all(after[2].get(name, mode) == mode for name, mode in before[2].items())
-        _require(same, f"{case.name}: after_training_exp changed train/eval modes")
+        require(same, f"{case.name}: after_training_exp changed train/eval modes")
         same = torch.equal(before[3][0], after[3][0]) and (before[3][1] == after[3][1]).all()
-        _require(bool(same) and before[3][2] == after[3][2], f"{case.name}: after_training_exp drew random numbers")
+        require(bool(same) and before[3][2] == after[3][2], f"{case.name}: after_training_exp drew random numbers")
 
     plugin.after_training_exp = watched
-    _train(learner, benchmark, range(EXPERIENCES))
-
-
-@contextmanager
-def _optimizers_by_reference() -> Iterator[None]:
-    """Let dill find the modules of torch's optimizers, whose names `torch.optim` deletes.
-
-    Else it pickles the optimizer's class by value, which fails with typing_extensions 4.16 for any strategy of
-    Avalanche: that class holds, through a deprecation, a marker that cannot be pickled.
-    """
-    hidden = {
-        name: module
-        for path, module in sys.modules.items()
-        if path.startswith("torch.optim.") and not hasattr(torch.optim, name := path.removeprefix("torch.optim."))
-        if "." not in name
-    }
-    for name, module in hidden.items():
-        setattr(torch.optim, name, module)
-    try:
-        yield
-    finally:
-        for name in hidden:
-            delattr(torch.optim, name)
-
-
-def check_restart(case: MethodCase) -> None:
-    """Saving after an experience and going on from a fresh plugin equals never having stopped, bit for bit."""
-    benchmark = stream(task_labels=case.task_incremental)
-    plugin = case.make()
-    learner = strategy(case, [plugin])
-    _train(learner, benchmark, range(2))
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "state.pt"
-        torch.save(plugin.state_dict(), file)
-        # weights_only accepts tensors, numbers and names alone
-        state = torch.load(file, weights_only=True)
-        checkpoint = Path(folder) / "checkpoint.pkl"
-        with _optimizers_by_reference():
-            save_checkpoint(learner, checkpoint)
-        resumed, _ = maybe_load_checkpoint(strategy(case, [case.make()], seed=5), checkpoint)
-    fresh = case.make()
-    fresh.load_state_dict(state)
-    again = copy.deepcopy(learner)
-    again.plugins[again.plugins.index(next(p for p in again.plugins if type(p) is type(plugin)))] = fresh
-    for other in (learner, again, resumed):
-        _train(other, benchmark, range(2, EXPERIENCES))
-    for how, other in (("its state", again), ("Avalanche's checkpoint", resumed)):
-        name = _difference(learner.model, other.model)
-        _require(not name, f"{case.name}: going on from {how} gives another {name!r}")
+    train(learner, benchmark, range(EXPERIENCES))
 
 
 def check_wrong_states_refused(case: MethodCase) -> None:
     """A state of another method or version is refused with a `StateError` that names it, and changes nothing."""
     benchmark = stream(task_labels=case.task_incremental)
     plugin = case.make()
-    _train(strategy(case, [plugin]), benchmark, range(1))
+    train(strategy(case, [plugin]), benchmark, range(1))
     good = plugin.state_dict()
     for change, named in (({"method": "other"}, "other"), ({"version": 999}, "999")):
         try:
             plugin.load_state_dict({**good, **change})
         except StateError as error:
-            _require(named in str(error), f"{case.name}: the refusal {error!s:.100} does not name {named}")
+            require(named in str(error), f"{case.name}: the refusal {error!s:.100} does not name {named}")
         else:
             raise AssertionError(f"{case.name}: a state with {change} was accepted")
-    _require(str(plugin.state_dict()) == str(good), f"{case.name}: a refused state changed the method")
+    require(str(plugin.state_dict()) == str(good), f"{case.name}: a refused state changed the method")
 
 
 def check_report_has_every_parameter(case: MethodCase) -> None:
@@ -231,40 +197,13 @@ def check_report_has_every_parameter(case: MethodCase) -> None:
     benchmark = stream(task_labels=case.task_incremental)
     plugin = case.make()
     learner = strategy(case, [plugin])
-    _train(learner, benchmark, range(2))
+    train(learner, benchmark, range(2))
     report = plugin.report()
     named, expected = {row.parameter for row in report}, {name for name, _ in learner.model.named_parameters()}
-    _require(named == expected, f"{case.name}: the report differs from the model in {sorted(named ^ expected)}")
+    require(named == expected, f"{case.name}: the report differs from the model in {sorted(named ^ expected)}")
     silent = [row.parameter for row in report if row.treatment == "left alone" and not row.reason]
-    _require(not silent, f"{case.name}: left alone without a reason: {silent}")
-    _require(all(name in str(report) for name in expected), f"{case.name}: the printed report lacks a parameter")
-
-
-def check_no_host_round_trip(case: MethodCase) -> None:
-    """Between forward pass and next batch, nothing that the method does waits for a value of the device."""
-    benchmark = stream(task_labels=case.task_incremental)
-    plugin = case.make()
-    learner = strategy(case, [plugin])
-
-    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with no_host_round_trips():
-                return function(*args, **kwargs)
-
-        return run
-
-    # Avalanche's multi-head models look at the task labels, and select by them, forwards and backwards; Adam looks at
-    # its step count: not the method's doing.
-    own = ["before_forward", "before_backward", "after_backward", "before_update", "after_update"]
-    if case.task_incremental and case.looks_back:
-        own.remove("after_backward")
-    for owner, names in (
-        (learner, () if case.task_incremental else ("forward", "backward")),
-        (plugin, own),
-    ):
-        for name in names:
-            setattr(owner, name, guarded(getattr(owner, name)))
-    _train(learner, benchmark, range(EXPERIENCES))
+    require(not silent, f"{case.name}: left alone without a reason: {silent}")
+    require(all(name in str(report) for name in expected), f"{case.name}: the printed report lacks a parameter")
 
 
 def check_bad_arguments(case: MethodCase) -> None:
@@ -275,17 +214,22 @@ def check_bad_arguments(case: MethodCase) -> None:
                 warnings.simplefilter("error")
                 call()
         except GradProjError as error:
-            _require(named in str(error), f"{case.name}: the message {error!s} does not name {named!r}")
+            require(named in str(error), f"{case.name}: the message {error!s} does not name {named!r}")
         else:
             raise AssertionError(f"{case.name}: a bad {named} was accepted")
 
 
 #: Every check, in the order in which they help to find a mistake.
 CHECKS: tuple[Callable[[MethodCase], None], ...] = (
+    check_interface,
     check_bad_arguments,
+    check_training_twice,
     check_acts,
     check_neutral_equals_naive,
+    check_double_precision,
+    check_gradients_alone,
     check_nothing_left_behind,
+    check_lets_go,
     check_consolidation_disturbs_nothing,
     check_report_has_every_parameter,
     check_restart,

@@ -26,7 +26,11 @@ class _NoRoundTrips(TorchDispatchMode):
             for index in (args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ())
         )
         if by_mask or any(part in name for part in _WAITING):
-            raise HostRoundTripError(f"{name} needs the device's answer in the middle of a training step")
+            raise HostRoundTripError(
+                f"{name} needs the device's answer in the middle of a training step: use torch.where or clamp in place "
+                "of .item(), of `if` on a tensor and of masks (a method that runs a multi-head model on old samples "
+                "declares looks_back=True)"
+            )
         return func(*args, **(kwargs or {}))
 
 

@@ -11,7 +11,7 @@ from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 
 from avalanche_gradproj import StateError
 from avalanche_gradproj.testing import leftovers
-from avalanche_gradproj.testing.checks import _optimizers_by_reference
+from avalanche_gradproj.testing.restart import optimizers_by_reference
 from tests.plugins.halrp_setup import (
     Interrupt,
     adam,
@@ -42,7 +42,7 @@ def restarted(strategy, fresh, folder):
 
 
 def checkpointed(strategy, fresh, folder):
-    with _optimizers_by_reference():
+    with optimizers_by_reference():
         save_checkpoint(strategy, folder / "checkpoint.pkl")
     return maybe_load_checkpoint(fresh, folder / "checkpoint.pkl")[0]
 
