@@ -92,12 +92,14 @@ def _interruptible(out: Path, kept: bool) -> Iterator[None]:
 
 @app.command("list")
 def list_protocols(
-    protocol: Annotated[str | None, typer.Argument(help="Show every figure of this protocol.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show every figure of this protocol, or every setting of this method.")
+    ] = None,
 ) -> None:
-    """List the protocols and methods, or one protocol's figures and where they are from."""
+    """List the protocols and methods, one protocol's figures and where they are from, or one method's settings."""
     from benchmarks import listing
 
-    listing.show(protocol)
+    listing.show(name)
 
 
 @app.command()

@@ -43,6 +43,7 @@ class External:
         method: the method; None where it cannot be used.
         reason: why it cannot be used; empty where it can.
         origin: what determines its code.
+        unset: arguments that no text can set.
     """
 
     name: str
@@ -51,6 +52,7 @@ class External:
     method: Method | None = None
     reason: str = ""
     origin: str = ""
+    unset: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ def _usable(entry: Entry) -> External:
         summary,
         Method(entry.name, summary, signature.settings, plugins),
         origin=f"{entry.brought_by} {entry.value} {digest}",
+        unset=signature.unset,
     )
 
 

@@ -38,7 +38,8 @@ def bytes_held(plugins: Sequence[Any]) -> int | None:
 
 def _bytes_held(plugin: Any) -> Any:
     """What one plugin says that it keeps, or what is counted for it."""
-    said = getattr(getattr(plugin, "method", None), "bytes_held", None)
+    owners = (plugin, getattr(plugin, "method", None))
+    said = next((owner.bytes_held for owner in owners if getattr(owner, "bytes_held", None) is not None), None)
     return held.bytes_held(plugin) if said is None else said
 
 

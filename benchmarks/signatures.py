@@ -34,11 +34,13 @@ class Signature:
         settings: the record's type, all of its fields with a default.
         arguments: name of a setting to the argument that it sets.
         seeded: whether there is an argument `seed`.
+        unset: arguments that no text can set; they stay at their defaults.
     """
 
     settings: type
     arguments: Mapping[str, str]
     seeded: bool
+    unset: tuple[str, ...] = ()
 
     def keywords(self, settings: Any, seed: int) -> dict[str, Any]:
         """Return the keyword arguments of a call.
@@ -88,7 +90,11 @@ def read(target: Callable[..., Any], method: str, rebuild: Callable[..., Any]) -
     # The type is made at run time: a record that goes to another process is made anew there.
     made = dataclasses.make_dataclass("ExternalSettings", fields, frozen=True, namespace={"__reduce__": reduce})
     made.__doc__ = f"Settings of {method}."
-    return Signature(made, arguments, _SEED in parameters and parameters[_SEED].kind in _BY_KEYWORD)
+    seeded = _SEED in parameters and parameters[_SEED].kind in _BY_KEYWORD
+    known = {*arguments.values(), *([_SEED] if seeded else [])}
+    others = [p.name for p in parameters.values() if p.name not in known and p.kind not in _REST]
+    unset = tuple(name for name in others if not name.startswith("_"))
+    return Signature(made, arguments, seeded, unset)
 
 
 def _settable(parameter: inspect.Parameter, target: Callable[..., Any]) -> Any:

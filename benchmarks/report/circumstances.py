@@ -48,11 +48,11 @@ def circumstances(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Circu
     Returns:
         Code, versions, device, threads and the kind of memory, where results tell them.
     """
-    packages = dict.fromkeys(package for own in runs.values() for run in own for package in (run.get("versions") or {}))
+    packages = dict.fromkeys(package for own in runs.values() for run in own for package in _versions(run))
     found = [("code", "code", True), ("data", "data", True)]
     result = [_collect(runs, name, lambda run, key=key: run.get(key), matters) for name, key, matters in found]
     for package in packages:
-        result.append(_collect(runs, package, lambda run, key=package: (run.get("versions") or {}).get(key), True))
+        result.append(_collect(runs, package, lambda run, key=package: _versions(run).get(key), True))
     for name, key in (("device", "device"), ("threads", "threads"), ("memory", "peak_memory_kind")):
         result.append(_collect(runs, name, lambda run, key=key: run.get(key), False))
     return [each for each in result if each.values]
@@ -68,7 +68,7 @@ def memory_notes(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
 
 
 def further_notes(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Say which runs were interrupted, and which operations had no deterministic version."""
+    """Say which runs were interrupted or diverged, whose methods they are, and what was not deterministic."""
     notes = []
     again = [
         f"{label} (seed {run.get('seed')})"
@@ -85,6 +85,9 @@ def further_notes(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
             "answers is arbitrary; it counts in means, spread and tests all the same: without it the method would look "
             "better than it is."
         )
+    for label, own in runs.items():
+        origins = dict.fromkeys(str(run["origin"]) for run in own if run.get("origin") is not None)
+        notes += [f"{label} is of another package: {', '.join(origins)}."] if origins else []
     operations = {name for own in runs.values() for run in own for name in run.get("nondeterministic") or ()}
     if operations:
         notes.append(
@@ -92,6 +95,12 @@ def further_notes(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
             "again may differ."
         )
     return notes
+
+
+def _versions(run: Mapping[str, Any]) -> dict[str, str]:
+    """Versions of all packages that a result names; a library that is not there takes no part."""
+    libraries = {name: text for name, text in (run.get("libraries") or {}).items() if text != "not installed"}
+    return {**(run.get("versions") or {}), **libraries}
 
 
 def _collect(runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str, read: Any, matters: bool) -> Circumstance:

@@ -16,6 +16,7 @@ _COLUMNS = (
     ("memory MiB", "peak_memory_mb", 0),
 )
 _GROWTH = ("growth", "growth", 3)
+_HELD = ("held kB", "bytes_held", 1)
 _MEMORY = {
     "resident_during_run": "peak resident memory of the process during the run",
     "resident_since_start": "peak resident memory of the process since it began",
@@ -55,6 +56,7 @@ class Row:
         cells: one for each column.
         memory: what the memory column means; empty without runs.
         growth: what the method added to the network, as a share of its numbers.
+        held: kilobytes that it keeps of earlier experiences.
     """
 
     method: str
@@ -62,6 +64,7 @@ class Row:
     cells: tuple[Cell, ...]
     memory: str = ""
     growth: Cell = Cell(None, None, _GROWTH[2])
+    held: Cell = Cell(None, None, _HELD[2])
 
 
 def rows(results: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[Row]:
@@ -80,16 +83,23 @@ def rows(results: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[R
         cells = tuple(cell([result[key] for result in chosen], digits) for _, key, digits in _COLUMNS)
         memory = _MEMORY[chosen[0]["peak_memory_kind"]] if chosen else ""
         growth = cell([result.get(_GROWTH[1]) for result in chosen], _GROWTH[2])
-        table.append(Row(method, len(chosen), cells, memory, growth))
+        held = cell([_kilobytes(result.get(_HELD[1])) for result in chosen], _HELD[2])
+        table.append(Row(method, len(chosen), cells, memory, growth, held))
     return table
 
 
 def _columns(table: Sequence[Row]) -> tuple[list[str], list[tuple[Cell, ...]]]:
-    """Headers and cells of a table; growth has a column where a method grows."""
-    headers = [header for header, _, _ in _COLUMNS]
-    if all(row.growth.mean is None for row in table):
-        return headers, [row.cells for row in table]
-    return [*headers, _GROWTH[0]], [(*row.cells, row.growth) for row in table]
+    """Headers and cells of a table; growth and what is held have a column where a method has the figure."""
+    headers, cells = [header for header, _, _ in _COLUMNS], [row.cells for row in table]
+    for header, more in ((_GROWTH[0], [row.growth for row in table]), (_HELD[0], [row.held for row in table])):
+        if any(own.mean is not None for own in more):
+            headers.append(header)
+            cells = [(*before, own) for before, own in zip(cells, more, strict=True)]
+    return headers, cells
+
+
+def _kilobytes(count: float | None) -> float | None:
+    return None if count is None else count / 1000
 
 
 def cell(numbers: Sequence[float | None], digits: int) -> Cell:

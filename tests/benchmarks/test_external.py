@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from benchmarks import external
 from benchmarks.assignments import check
+from benchmarks.cli import app
 from benchmarks.jobs import make_job
 from benchmarks.methods import METHODS, find_method
 from benchmarks.protocols import resolve
@@ -134,6 +136,16 @@ def test_settings_come_from_the_signature():
     }
     assert plugin.given["callback"] is None
     assert plugin.given["_private"] == 1
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_cannot_be_set_is_listed():
+    assert external.load("mine").unset == ("callback",)
+    found = CliRunner().invoke(app, ["list", "mine"], env={"COLUMNS": "200"}).stdout
+    assert "mine: Does something simple." in found
+    assert "from some-methods" in found
+    assert "left at their defaults: callback" in found
+    assert "plugin_lr" in found
 
 
 @pytest.mark.usefixtures("installed")

@@ -84,5 +84,9 @@ def test_growth_has_a_column_where_a_method_grows():
     table = rich_table("p", rows(naive + grown, ["naive", "halrp"]))
     assert [column.header for column in table.columns] == [*headers, "growth"]
     assert list(table.columns[-1].cells) == ["-", "0.200 ± 0.071"]
+    keeps = [{**grown[0], "bytes_held": 1500}, {**grown[1], "bytes_held": 2500}]
+    table = rich_table("p", rows(naive + keeps, ["naive", "halrp"]))
+    assert [column.header for column in table.columns] == [*headers, "growth", "held kB"]
+    assert list(table.columns[-1].cells) == ["-", "2.0 ± 0.7"]
     assert "growth" not in one_line(naive[0])
     assert "growth 0.150" in one_line(grown[0])

@@ -85,3 +85,22 @@ def test_counting_changes_nothing(method):
     assert [len(getattr(plugins[0], name, {})) for name in ("importances", "memory_x")] == (
         [1, 0] if method == "ewc" else [0, 1] if method == "gem" else [0, 0]
     )
+
+
+class _Plain:
+    """A plugin without a core that says what it keeps."""
+
+    bytes_held = 12
+
+
+class _Core:
+    bytes_held = 30
+
+
+class _WithCore:
+    method = _Core()
+
+
+def test_plugins_say_what_they_keep_themselves_or_by_their_core():
+    assert readings.bytes_held([_Plain()]) == 12
+    assert readings.bytes_held([_Plain(), _WithCore()]) == 42

@@ -42,6 +42,18 @@ APPLIES = {
 }
 
 
+def test_a_method_is_listed_with_its_settings():
+    """Its defaults, and which protocols have other ones."""
+    found = CliRunner().invoke(app, ["list", "gpm"], env={"COLUMNS": "300"}).stdout
+    assert "gpm: gradient projection memory" in found
+    (line,) = [line for line in found.splitlines() if " threshold " in line]
+    assert "pmnist-gpm ([0.95, 0.99, 0.99])" in line
+    assert "It has no settings" in CliRunner().invoke(app, ["list", "naive"]).stdout
+    wrong = CliRunner().invoke(app, ["list", "gpn"])
+    assert wrong.exit_code == 2
+    assert "unknown protocol or method 'gpn': did you mean 'gpm'" in wrong.stderr
+
+
 def test_every_field_is_settable_listed_or_for_people():
     offered = {field.name for field in dataclasses.fields(Protocol) if field.metadata.get("settable")}
     assert {field.name for field in dataclasses.fields(Protocol)} == offered | set(OTHERS) | NAMES

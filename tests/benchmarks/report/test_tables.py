@@ -101,6 +101,15 @@ def test_csv_says_what_a_reader_has_to_know() -> None:
     assert found == {("naive", "epochs=1", "1", "0"), ("gpm", "epochs=1, threshold=0.5", "0", "1")}
 
 
+def test_versions_of_libraries_that_differ_are_warned_of_and_other_packages_named() -> None:
+    runs = [result("a", 0, libraries={"numpy": "1"}), result("b", 0, libraries={"numpy": "2"}, origin="mine 1.0 abc")]
+    text = markdown(Study("x", "", runs))
+    assert "**Warning**: numpy differs between runs: 1 (a); 2 (b)." in text
+    assert "b is of another package: mine 1.0 abc." in text
+    alike = [result("a", 0, libraries={"numpy": "1", "quadprog": "not installed"}), result("b", 0)]
+    assert "Warning" not in markdown(Study("x", "", alike))
+
+
 def test_markdown_counts_runs_that_diverged() -> None:
     text = markdown(bad_runs())
     assert "| naive | 3 (1 diverged) | 89.33" in text
