@@ -123,7 +123,9 @@ def _cell(figure: Figure, metric: Metric) -> str:
     if figure.mean is None:
         return "--"
     digits = places(figure, metric)
-    texts = [decimal(scaled(value, metric), digits) for value in (figure.mean, figure.std) if value is not None]
+    whole = metric.digits == 0 and figure.std == 0  # a count that is the same in all runs
+    values = (figure.mean, None if whole else figure.std)
+    texts = [decimal(scaled(value, metric), digits) for value in values if value is not None]
     return "$" + _number(r" \pm ".join(texts)) + "$"
 
 
