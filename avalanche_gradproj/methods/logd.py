@@ -118,7 +118,7 @@ def update_coefficients(
     along_s = _apply(basis.mT, with_mean * (count * weight))  # V^T s
     s_g, s_s = weight * cross.sum(dim=-1), weight * weight * old.sum(dim=(-2, -1))
     s_p_g, s_p_s = s_g - (along_s * along_g).sum(dim=-1), s_s - along_s.square().sum(dim=-1)
-    void = s_p_s <= VOID * s_s
+    void = s_p_s <= torch.clamp(_rounding(old, basis), min=VOID) * s_s
     ratio = torch.where(void, 0.0, s_p_g / torch.where(void, 1.0, s_p_s))
     if variant == "paper":
         along = shared = -ratio.clamp(max=0.0)
@@ -143,6 +143,17 @@ def _specific_basis(old: Tensor, with_mean: Tensor, n_components: int | None) ->
     else:
         basis = principal_coefficients(specific, n_components, floor)
     return basis - basis.mean(dim=-2, keepdim=True)
+
+
+def _rounding(old: Tensor, basis: Tensor) -> Tensor:
+    """Bound the share of s^T s that rounding may leave of s^T P s [...], where the specific gradients hold all of s.
+
+    Errors of inner products grow by the squared length of the coefficients: by the condition of the specific gradients.
+    """
+    if basis.shape[-1] == 0:
+        return old.new_zeros(old.shape[:-2])
+    longest = basis.square().sum(dim=-2).amax(dim=-1)
+    return 8.0 * torch.finfo(old.dtype).eps * old.diagonal(dim1=-2, dim2=-1).amax(dim=-1) * longest
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -84,6 +84,14 @@ def test_official_variant_is_that_of_the_formulas(count, size, components, shift
     np.testing.assert_allclose(found, expected, atol=1e-7 * max(np.linalg.norm(expected), np.linalg.norm(gradient)))
 
 
+@pytest.mark.parametrize("seed", [0, 6, 11, 17, 61, 203, 435, 850, 1000])
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_specific_gradients_that_fill_the_space_leave_nothing(seed, variant):
+    """Of badly conditioned ones rounding leaves up to 1e-5 of the shared gradient, which is no direction."""
+    gradient, old = draw(8, 7, 30.0, seed)
+    assert np.linalg.norm(update(gradient, old, variant=variant)) < 1e-4 * np.linalg.norm(gradient)
+
+
 @pytest.mark.parametrize("components", [None, 3])
 @pytest.mark.parametrize("count", [1, 2, 5, 19])
 def test_official_variant_in_float32(count, components):
