@@ -16,7 +16,7 @@ from typing import Any
 from joblib import Parallel, delayed
 from joblib.parallel import LokyBackend
 
-from benchmarks.backend_worker import died, make_shell, pack, read, read_file
+from benchmarks.backend_worker import died, make_shell, pack, read_file
 
 _LOG_TAIL = 4000
 
@@ -119,8 +119,8 @@ def _round(
     )
     reports = parallel(tasks())
     try:
-        for report in reports:
-            yield read(report)
+        for index, _, _ in reports:
+            yield read_file(pool._folder / f"done-{index}")
     finally:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # joblib's on results that nobody fetched

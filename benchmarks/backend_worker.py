@@ -93,7 +93,8 @@ def make_shell() -> Shell:
     """Make the function that the workers call with `(index, payload, threads, folder)`.
 
     `folder` is None on a cluster. On this machine, the shell leaves there the file `running-INDEX-PID` while
-    it runs, `done-INDEX` with its report, and `PID.log` with all that was printed.
+    it runs, `done-INDEX` with its report, and `PID.log` with all that was printed; what it hands back says no more than
+    that the report is there.
 
     Returns:
         A function that is sent as code: where this package cannot be imported it still starts, and says so.
@@ -156,6 +157,9 @@ def make_shell() -> Shell:
                 pickle.dump(report, file)
             os.replace(f"{done}.part", done)
             os.unlink(marker)
+            # A few bytes, which a pipe takes whole: of a process that dies in the middle of a long message the others
+            # keep the pipe open, and the driver would wait for the rest for ever.
+            return index, "file", ()
         return report
 
     return shell

@@ -111,8 +111,7 @@ def compare_pairs(
     known = {index: pair.p for index, pair in enumerate(pairs) if pair.p is not None}
     for index, value in zip(known, holm(list(known.values())), strict=True):
         pairs[index] = replace(pairs[index], corrected=value)
-    lowest = min((pair.smallest for pair in pairs if pair.p is not None), default=1.0)
-    reachable = lowest * len(known) < ALPHA and bool(known)
+    reachable = _lowest(pairs) * len(known) < ALPHA and bool(known)
     return Comparisons(test, tuple(pairs), len(known), reachable, tuple(_notes(pairs, len(known), test)))
 
 
@@ -200,7 +199,7 @@ def _notes(pairs: Sequence[Comparison], tested: int, test: Test) -> list[str]:
         return ["No two labels have two common seeds: nothing was tested."]
     notes = []
     if test == "wilcoxon":
-        lowest = min(pair.smallest for pair in pairs if pair.p is not None)
+        lowest = _lowest(pairs)
         if lowest >= ALPHA:
             notes.append("This test cannot reach .05 with so few seeds: it needs six at least.")
         elif lowest * tested >= ALPHA:
@@ -216,6 +215,11 @@ def _notes(pairs: Sequence[Comparison], tested: int, test: Test) -> list[str]:
             "differences being normally distributed, which so few cannot show."
         )
     return notes
+
+
+def _lowest(pairs: Sequence[Comparison]) -> float:
+    """The smallest p that any pair with a difference can have; 0 where all are equal, which no more seeds would change."""
+    return min((pair.smallest for pair in pairs if pair.p is not None and pair.note != _EQUAL), default=0.0)
 
 
 def _reversed(pair: Comparison) -> Comparison:

@@ -14,10 +14,6 @@ from typer.testing import CliRunner
 from benchmarks import plan, sources
 from benchmarks import run as run_module
 from benchmarks.cli import app
-from benchmarks.folders import data_digest
-from benchmarks.jobs import load_data
-from benchmarks.protocols import find_protocol
-from benchmarks.record import Expected
 from benchmarks.request import parse_data
 from benchmarks.settings import InputError
 
@@ -279,24 +275,6 @@ def test_data_can_be_given_for_each_protocol():
     assert {key: str(path) for key, path in files.items()} == {"pmnist-gpm": "a.npz", "": "b=c.npz"}
     with pytest.raises(InputError, match="two files"):
         parse_data(["a.npz", "b.npz"])
-
-
-def test_downloaded_images_are_those_of_a_file(monkeypatch, tmp_path):
-    """A file without superclasses, and a download that has them, are one data set where no superclass counts."""
-    images = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
-    labels = np.arange(200) % 100
-    arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
-    np.savez(tmp_path / "images.npz", **arrays)
-    coarse = np.arange(100) % 20
-
-    def download(name):
-        return sources._from_arrays(name, {**arrays, "coarse": coarse}, Expected(coarse=True))
-
-    monkeypatch.setattr(sources, "download", download)
-    plain, super_classes = (find_protocol(f"cifar100-{name}") for name in ("halrp", "superclass-halrp"))
-    file = load_data(plain, tmp_path / "images.npz")
-    assert data_digest(load_data(plain, None)) == data_digest(file)
-    assert load_data(super_classes, None).coarse == tuple(coarse)
 
 
 def test_gem_without_its_solver_is_refused_before_training(tmp_path, monkeypatch):

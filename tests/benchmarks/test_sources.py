@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import sources
+from benchmarks.folders import data_digest
+from benchmarks.jobs import load_data
+from benchmarks.protocols import find_protocol
 from benchmarks.record import Expected
 from benchmarks.settings import InputError
 from benchmarks.sources import read_digits, read_npz
@@ -96,3 +100,21 @@ def test_digits_are_divided_by_position():
     np.testing.assert_array_equal(data.x_test[:, 0].numpy(), digits.images[test])
     np.testing.assert_array_equal(data.x_train[:, 0].numpy(), digits.images[~test])
     assert data.y_test.tolist() == digits.target[test].tolist()
+
+
+def test_downloaded_images_are_those_of_a_file(monkeypatch, tmp_path):
+    """A file without superclasses, and a download that has them, are one data set where no superclass counts."""
+    images = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(200) % 100
+    arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+    np.savez(tmp_path / "images.npz", **arrays)
+    coarse = np.arange(100) % 20
+
+    def download(name):
+        return sources._from_arrays(name, {**arrays, "coarse": coarse}, Expected(coarse=True))
+
+    monkeypatch.setattr(sources, "download", download)
+    plain, super_classes = (find_protocol(f"cifar100-{name}") for name in ("halrp", "superclass-halrp"))
+    file = load_data(plain, tmp_path / "images.npz")
+    assert data_digest(load_data(plain, None)) == data_digest(file)
+    assert load_data(super_classes, None).coarse == tuple(coarse)

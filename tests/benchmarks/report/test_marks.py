@@ -73,6 +73,15 @@ def test_the_highest_mean_over_other_seeds_is_not_called_better():
     assert "(not the same for all: " in page
 
 
+@pytest.mark.parametrize("test", ["t", "wilcoxon"])
+def test_equal_rows_are_not_for_want_of_seeds(test):
+    runs = {label: [result(label, seed, acc=90.0 + seed) for seed in range(8)] for label in ("a", "b")}
+    found = compare_pairs(runs, test=test)
+    page = str(figures_table(summarise(runs), found))
+    assert "≈" in row_of(page, "b")
+    assert "so few seeds" not in page + " ".join(found.notes)
+
+
 @pytest.mark.parametrize("seeds", [3, 6])
 def test_a_pair_that_is_equal_everywhere_leaves_the_warnings(seeds):
     """Three seeds cannot tell anything by signed ranks, whether or not two labels happen to be the same."""
