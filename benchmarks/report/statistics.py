@@ -218,7 +218,7 @@ def _notes(pairs: Sequence[Comparison], tested: int, test: Test) -> list[str]:
 
 
 def _lowest(pairs: Sequence[Comparison]) -> float:
-    """Return the smallest p that a pair with a difference can have; 0 where all are equal: more seeds change nothing."""
+    """Return the smallest p that a pair with a difference can have; 0 where all are equal, whatever the seeds."""
     return min((pair.smallest for pair in pairs if pair.p is not None and pair.note != _EQUAL), default=0.0)
 
 
